@@ -1,0 +1,80 @@
+"""The seam between world models and everything that plans with them.
+
+Shape legend, used in every docstring and shape comment of the project:
+
+    B problems   N candidates   H horizon   K sampled z   T context frames   A action dim, entries in [-1, 1]
+    P patches    D features     S proprioception dim      Z latent dim       h, w pixels
+
+Batch first, time next, features last. Images are uint8 RGB, rows from the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Obs = Mapping[str, np.ndarray]
+"""{"pixels": uint8 [..., h, w, 3], "proprio": float32 [..., S]}; a goal may be pixels alone. A model never reads
+keys that start with "privileged/"."""
+
+
+class Features(NamedTuple):
+    """What a model knows of a state: patch features and, where known, proprioception (same leading axes)."""
+
+    patches: Tensor  # float32 [..., P, D]
+    proprio: Tensor | None = None  # float32 [..., S], metres and radians as observed
+
+
+@dataclass(frozen=True)
+class Context:
+    """The past that a rollout starts from: the last T frames, and the T - 1 actions between them."""
+
+    features: Features  # patches [B, T, P, D], proprio [B, T, S]
+    actions: Tensor  # float32 [B, T - 1, A]
+
+
+class Encoder(Protocol):
+    """Frozen map from images to patch features."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., h, w, 3] -> float32 [..., P, D]."""
+        ...
+
+
+class WorldModel(Protocol):
+    """Imagines the features that follow from actions."""
+
+    action_dim: int
+    latent_dim: int
+    max_context: int  # most context frames that rollout uses
+
+    def encode(self, obs: Obs) -> Features:
+        """Obs with any leading axes -> Features with the same; without "proprio" in obs, Features.proprio is None."""
+        ...
+
+    def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """Standard noise [*shape, Z] that rollout maps through its prior; zeros (the prior's mean) without generator."""
+        ...
+
+    def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
+        """context of B problems, actions [B, N, H, A], z [B, N, K, H, Z] -> Features with patches [B, N, K, H, P, D]."""
+        ...
+
+
+class Energy(Protocol):
+    """How far imagined features are from its goal; lower is better."""
+
+    def __call__(self, imagined: Features, actions: Tensor) -> Tensor:
+        """patches [B, N, K, H, P, D], actions [B, N, H, A] -> [B, N, K]."""
+        ...
+
+
+def to_tensor(array: np.ndarray | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor over the same values, without a copy where that is safe."""
+    tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if dtype is None else tensor.to(dtype)
