@@ -1,0 +1,282 @@
+"""Scripted policies: one that solves each task, and noisy, failing and playing ones, because a model must see what goes wrong.
+
+A policy is called with an env's `info` and returns an action [action_dim] in [-1, 1]. It reads "privileged/*" only, keeps the
+small memory of one episode, and draws from the numpy Generator it was made with. Make a new one for every episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from envs.base import EnvConfig
+from envs.control import MAX_OPENING, MOVE, WORKSPACE
+from envs.scene import OBJECTS
+
+Info = Mapping[str, Any]
+Policy = Callable[[Info], np.ndarray]
+_NEAR = 0.007  # m; a waypoint counts as reached
+_UP = np.array([0.0, 0.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an expert goes about its task; the default is plain and quick."""
+
+    speed: float = 1.0  # of the fastest motion, in (0, 1]
+    hover: float = 0.08  # m over the grasp, before it descends
+    carry: float = 0.06  # m, how high it carries
+    noise: float = 0.0  # standard deviation added to each motion of the action
+    pause: float = 0.0  # probability per step of standing still
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)  # m, mistake about where the object is
+    early_close: bool = False  # close before it has come down
+    drop_at: int | None = None  # steps after the grasp at which it lets go
+    release: float = 0.0  # m over the table at which it lets go
+    blind: bool = False  # does not notice that it holds nothing
+
+
+class Expert:
+    """The scripted solution of the task of a config: approach from above, close, lift, carry, lower, open, draw back."""
+
+    def __init__(self, config: EnvConfig, rng: np.random.Generator, style: Style | None = None) -> None:
+        self._task, self._spec, self._dim = config.task, OBJECTS[config.object], config.action_dim
+        self._rng, self._style = rng, style or Style()
+        self._phase = {"reach": self._reach, "reach-with-object": self._deliver}.get(config.task, self._approach)
+        self._count = self._holding = 0
+
+    def __call__(self, info: Info) -> np.ndarray:
+        """Return the action [action_dim] for the state that `info` tells of."""
+        style = self._style
+        tcp = info["privileged/tcp_pos"]
+        goal, opening = self._phase(info)
+        motion = (goal - tcp) / MOVE
+        motion *= min(1.0, style.speed / max(np.abs(motion).max(), 1e-9))
+        if style.noise:
+            motion = motion + self._rng.normal(0.0, style.noise, 3)
+        if style.pause and self._rng.random() < style.pause:
+            motion = np.zeros(3)
+        return compose(motion, opening, info, self._dim)
+
+    def _object(self, info: Info) -> np.ndarray:
+        return info["privileged/object_pos"] + np.array(self._style.offset)
+
+    def _go(self, phase: Callable[[Info], tuple[np.ndarray, float]], info: Info) -> tuple[np.ndarray, float]:
+        self._phase, self._count = phase, 0
+        return phase(info)
+
+    # Phases: each returns where the hand should be, m, and the opening it commands, m.
+
+    def _reach(self, info: Info):
+        return info["privileged/target_pos"], MAX_OPENING
+
+    def _approach(self, info: Info):
+        tcp, grasp = info["privileged/tcp_pos"], self._object(info) + self._spec.grasp_height * _UP
+        hover = grasp + self._style.hover * _UP
+        lateral = np.linalg.norm(tcp[:2] - grasp[:2])
+        if lateral < _NEAR + self._style.noise * 0.02 and info["privileged/command"] > 0.07:
+            return self._go(self._descend, info)
+        if tcp[2] < hover[2] - 0.03 and lateral > 0.02:  # low beside the object: up first
+            hover[:2] = tcp[:2]
+        return hover, MAX_OPENING
+
+    def _descend(self, info: Info):
+        tcp, grasp = info["privileged/tcp_pos"], self._object(info) + self._spec.grasp_height * _UP
+        self._count += 1
+        if self._style.early_close and tcp[2] - grasp[2] < 0.06 or abs(tcp[2] - grasp[2]) < _NEAR or self._count > 12:
+            return self._go(self._close, info)
+        return grasp, MAX_OPENING
+
+    def _close(self, info: Info):
+        self._count += 1
+        if self._count > 2 or (self._count > 1 and info["privileged/grasped"]):
+            return self._go(self._carry if self._task == "pick-place" else self._lift, info)
+        return info["privileged/tcp_pos"], 0.0
+
+    def _lost(self, info: Info) -> bool:
+        """Count the steps of carrying; tell whether to start again."""
+        self._holding += 1
+        return not self._style.blind and not info["privileged/grasped"]
+
+    def _grip(self) -> float:
+        drop = self._style.drop_at
+        return MAX_OPENING if drop is not None and self._holding > drop else 0.0
+
+    def _lift(self, info: Info):
+        if self._lost(info):
+            return self._go(self._approach, info)
+        tcp = info["privileged/tcp_pos"]
+        return np.array([tcp[0], tcp[1], self._spec.half_height + self._spec.grasp_height + 0.08]), self._grip()
+
+    def _deliver(self, info: Info):
+        self._holding += 1
+        return info["privileged/target_pos"] + self._spec.grasp_height * _UP, self._grip()
+
+    def _carry(self, info: Info):
+        if self._lost(info):
+            return self._go(self._approach, info)
+        tcp, target = info["privileged/tcp_pos"], info["privileged/target_pos"]
+        held = info["privileged/object_pos"] if info["privileged/grasped"] else tcp
+        to_target = target[:2] - held[:2]
+        low = self._spec.half_height + self._spec.grasp_height
+        goal = np.array([tcp[0], tcp[1], low + self._style.carry])
+        if tcp[2] > low + 0.02:
+            goal[:2] += to_target
+        if np.linalg.norm(to_target) < 0.01 + self._style.noise * 0.02:
+            return self._go(self._lower, info)
+        return goal, self._grip()
+
+    def _lower(self, info: Info):
+        if self._lost(info) and self._count == 0:
+            return self._go(self._approach, info)
+        self._count += 1
+        tcp, target, held = info["privileged/tcp_pos"], info["privileged/target_pos"], info["privileged/object_pos"]
+        gap = held[2] - self._spec.half_height - self._style.release if info["privileged/grasped"] else 0.0
+        if gap < 0.004 or self._count > 8:
+            return self._go(self._open, info)
+        return np.array([*(tcp[:2] + target[:2] - held[:2]), tcp[2] - gap + 0.001]), self._grip()
+
+    def _open(self, info: Info):
+        self._count += 1
+        if self._count > 2 or (self._count > 1 and not info["privileged/touched"]):
+            return self._go(self._retract, info)
+        return info["privileged/tcp_pos"], MAX_OPENING
+
+    def _retract(self, info: Info):
+        tcp, target = info["privileged/tcp_pos"], info["privileged/target_pos"]
+        missed = np.linalg.norm(info["privileged/object_pos"] - target) > 0.03
+        if missed and not self._style.blind and tcp[2] > 0.10:
+            return self._go(self._approach, info)
+        return np.array([tcp[0], tcp[1], self._spec.half_height + self._spec.grasp_height + 0.09]), MAX_OPENING
+
+
+def compose(motion: np.ndarray, opening: float, info: Info, dim: int) -> np.ndarray:
+    """Return an action [dim] float32: `motion` [3] in units of an action, and whatever leads to a commanded opening in m."""
+    action = np.zeros(dim)
+    action[:3] = motion
+    action[-1] = (opening - info["privileged/command"]) / MAX_OPENING
+    return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+class Play:
+    """Smooth random motion, mostly near the object: grasps, lifts, pushes, drops, and way-points low over the table."""
+
+    def __init__(self, config: EnvConfig, rng: np.random.Generator) -> None:
+        self._spec, self._dim, self._rng = OBJECTS[config.object], config.action_dim, rng
+        self._left = 0
+        self._noise = np.zeros(3)
+        self._sigma = rng.uniform(0.0, 0.3)
+        self._goal, self._opening, self._speed = np.zeros(3), MAX_OPENING, 1.0
+        self._exact = False
+
+    def __call__(self, info: Info) -> np.ndarray:
+        """Return the action [action_dim] for the state that `info` tells of."""
+        tcp, rng = info["privileged/tcp_pos"], self._rng
+        if self._left <= 0 or np.linalg.norm(self._goal - tcp) < 0.015:
+            self._choose(info)
+        self._left -= 1
+        self._noise = 0.7 * self._noise + 0.7 * rng.normal(0.0, self._sigma, 3)
+        motion = (self._goal - tcp) / MOVE
+        motion = motion * min(1.0, self._speed / max(np.abs(motion).max(), 1e-9))
+        if not self._exact:
+            motion = motion + self._noise
+        return compose(motion, self._opening, info, self._dim)
+
+    def _choose(self, info: Info) -> None:
+        """Choose the next way-point, opening and speed."""
+        rng, spec, tcp = self._rng, self._spec, info["privileged/tcp_pos"]
+        grasp = info["privileged/object_pos"] + spec.grasp_height * _UP
+        free = rng.uniform(WORKSPACE[0], WORKSPACE[1])
+        self._left, self._speed, self._exact = int(rng.integers(2, 9)), rng.uniform(0.4, 1.0), False
+        kind = rng.random()
+        over = np.linalg.norm(tcp[:2] - grasp[:2]) < 0.012
+        if info["privileged/grasped"] and self._opening < spec.width:
+            if kind < 0.2:  # let go, wherever that is
+                self._goal, self._opening, self._left = tcp, MAX_OPENING, 1
+            elif kind < 0.4:  # put it down
+                self._goal = np.array([tcp[0], tcp[1], spec.half_height + spec.grasp_height])
+            else:
+                self._goal = np.maximum(free, [0, 0, grasp[2] - info["privileged/object_pos"][2] + spec.half_height])
+        elif over and tcp[2] - grasp[2] < 0.015 and kind < 0.85:  # around the object: close
+            self._goal, self._opening, self._left, self._exact = tcp, 0.0, 2, True
+        elif over and kind < 0.8:  # over the object: down
+            self._goal, self._opening, self._exact = grasp, MAX_OPENING, True
+        elif kind < 0.45:  # over the object
+            self._goal, self._opening = grasp + rng.uniform(0.05, 0.10) * _UP, MAX_OPENING
+            self._exact, self._left = True, 8
+        elif kind < 0.65:  # beside the object, low: pushes
+            self._goal = grasp + np.append(rng.normal(0.0, 0.05, 2), rng.uniform(-0.01, 0.04))
+            self._opening = rng.choice([0.0, MAX_OPENING, rng.uniform(0, MAX_OPENING)])
+        else:
+            self._goal = free if kind < 0.85 else np.append(free[:2], rng.uniform(0.01, 0.07))
+            self._opening = rng.choice([self._opening, 0.0, MAX_OPENING, rng.uniform(0, MAX_OPENING)])
+        self._goal = np.clip(self._goal, WORKSPACE[0], WORKSPACE[1])
+
+
+def _styled(rng: np.random.Generator) -> Style:
+    return Style(speed=rng.uniform(0.5, 1.0), hover=rng.uniform(0.05, 0.10), carry=rng.uniform(0.04, 0.10))
+
+
+def expert(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return the plain expert of the config's task."""
+    return Expert(config, rng)
+
+
+def varied(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return an expert whose speed and heights are drawn."""
+    return Expert(config, rng, _styled(rng))
+
+
+def noisy(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return an expert with noise on its motions and pauses."""
+    return Expert(config, rng, replace(_styled(rng), noise=rng.uniform(0.1, 0.5), pause=rng.uniform(0.0, 0.2)))
+
+
+def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return an expert with one mistake: beside or above the object, too early, dropping, or letting go too high."""
+    style = replace(_styled(rng), noise=rng.uniform(0.0, 0.2), blind=bool(rng.random() < 0.6))
+    kind = int(rng.integers(5))
+    side = rng.uniform(0.02, 0.05) * np.array([np.cos(t := rng.uniform(0, 2 * np.pi)), np.sin(t)])
+    mistakes = (
+        {"offset": (float(side[0]), float(side[1]), 0.0)},
+        {"offset": (0.0, 0.0, float(rng.uniform(0.03, 0.06)))},
+        {"early_close": True},
+        {"drop_at": int(rng.integers(1, 8))},
+        {"release": float(rng.uniform(0.02, 0.08))},
+    )
+    return Expert(config, rng, replace(style, **mistakes[kind]))
+
+
+def play(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return a playing policy."""
+    return Play(config, rng)
+
+
+def random(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return a policy of independent uniform actions."""
+    return lambda info: rng.uniform(-1.0, 1.0, config.action_dim).astype(np.float32)
+
+
+def nothing(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return a policy that never moves."""
+    return lambda info: np.zeros(config.action_dim, np.float32)
+
+
+def mixture(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return one of varied (25 %), noisy (25 %), failing (20 %), play (30 %), drawn."""
+    makers = (varied, noisy, failing, play)
+    return makers[rng.choice(4, p=(0.25, 0.25, 0.2, 0.3))](config, rng)
+
+
+BEHAVIOURS: dict[str, Callable[[EnvConfig, np.random.Generator], Policy]] = {
+    f.__name__: f for f in (expert, varied, noisy, failing, play, random, nothing, mixture)
+}
+
+
+def make_policy(name: str, config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return a fresh policy for one episode. Raises ValueError naming the known behaviours."""
+    if name not in BEHAVIOURS:
+        raise ValueError(f"unknown behaviour {name!r}: expected one of {', '.join(BEHAVIOURS)}")
+    return BEHAVIOURS[name](config, rng)

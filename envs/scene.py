@@ -1,0 +1,212 @@
+"""The MuJoCo scene: model, pictures, contacts, and the whole state of the physics.
+
+Frame: the robot's base at the origin, x forward, y left, z up, the table's top at z = 0. Metres, radians, quaternions wxyz.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+CAMERAS = ("front", "side", "wrist")
+HOME = np.array([0.0, 0.1, 0.0, -2.4, 0.0, 2.5, np.pi / 4])  # hand straight down at about (0.50, 0, 0.17)
+_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+_ROBOT, _FINGER_LEFT, _FINGER_RIGHT, _TABLE, _OBJECT, _OTHER = range(6)
+GL_HELP = "cannot draw: no GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
+
+
+@dataclass(frozen=True)
+class ObjectSpec:
+    """What an expert and a goal need to know of an object.
+
+    `half_height`: of its origin over the table when it stands, m. `width`: between the fingers, m.
+    `grasp_height`: of the tool centre point over the object's origin, m. `max_yaw`: of a start, rad.
+    """
+
+    half_height: float
+    width: float
+    grasp_height: float
+    max_yaw: float
+
+
+OBJECTS = {
+    "box": ObjectSpec(half_height=0.0225, width=0.045, grasp_height=0.0, max_yaw=np.deg2rad(25.0)),
+    "cup": ObjectSpec(half_height=0.035, width=0.050, grasp_height=0.012, max_yaw=np.pi),
+}
+
+
+@dataclass(frozen=True)
+class Contacts:
+    """Who touches whom, and how hard, at one instant. Forces are sums of normal forces, N."""
+
+    left: bool  # left finger and object
+    right: bool  # right finger and object
+    object_force: float  # the largest of: left finger, right finger, rest of the robot, table, on the object
+    table_force: float  # robot on the table, or object on the table, whichever is larger
+    self_force: float  # robot on robot
+    self_collision: bool
+
+
+def yaw_quat(yaw: float) -> np.ndarray:
+    """Return the quaternion [4] (wxyz) of a turn by `yaw` about z."""
+    return np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
+
+
+class Scene:
+    """Robot, table, one object, and the means to look at them.
+
+    Nothing is shared between two scenes. The GL context is made by the first call of `render`.
+    """
+
+    def __init__(self, object: str, image_size: int, cameras: tuple[str, ...]) -> None:
+        spec = mujoco.MjSpec.from_file(str(ASSETS / f"{object}.xml"))
+        spec.visual.global_.offwidth = spec.visual.global_.offheight = max(image_size, 64)
+        self.model = spec.compile()
+        self.data = mujoco.MjData(self.model)
+        self.spec = OBJECTS[object]
+        self.image_size, self.cameras = image_size, cameras
+        self._renderer: mujoco.Renderer | None = None
+        self._tcp = self.model.site("tcp").id
+        self._object = self.model.body("object").id
+        self._qpos = int(self.model.joint("object").qposadr[0])
+        self._qvel = int(self.model.joint("object").dofadr[0])
+        self._kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
+        self._state_size = mujoco.mj_stateSize(self.model, _STATE)
+        self._home = np.zeros(self._state_size)
+        mujoco.mj_getState(self.model, self.data, self._home, _STATE)
+
+    def _geom_kind(self, geom: int) -> int:
+        name = self.model.geom(geom).name
+        named = {"finger_left": _FINGER_LEFT, "finger_right": _FINGER_RIGHT, "table": _TABLE}
+        if name in named:
+            return named[name]
+        if name.startswith(("link", "hand")):
+            return _ROBOT
+        return _OBJECT if name.startswith("object") else _OTHER
+
+    # What is measured.
+
+    @property
+    def joints(self) -> np.ndarray:
+        """Arm joint angles [7], rad."""
+        return self.data.qpos[:7].copy()
+
+    @property
+    def tcp_pos(self) -> np.ndarray:
+        """Tool centre point [3], m."""
+        return self.data.site_xpos[self._tcp].copy()
+
+    @property
+    def tcp_mat(self) -> np.ndarray:
+        """Orientation of the hand [3, 3]; its z axis points where the fingers point."""
+        return self.data.site_xmat[self._tcp].reshape(3, 3).copy()
+
+    @property
+    def opening(self) -> float:
+        """Distance between the fingers, m."""
+        return float(self.data.qpos[7] + self.data.qpos[8])
+
+    @property
+    def object_pos(self) -> np.ndarray:
+        """Origin of the object [3], m."""
+        return self.data.qpos[self._qpos : self._qpos + 3].copy()
+
+    @property
+    def object_quat(self) -> np.ndarray:
+        """Orientation of the object [4], wxyz."""
+        return self.data.qpos[self._qpos + 3 : self._qpos + 7].copy()
+
+    @property
+    def object_speed(self) -> float:
+        """Speed of the object's origin, m/s."""
+        return float(np.linalg.norm(self.data.qvel[self._qvel : self._qvel + 3]))
+
+    def contacts(self) -> Contacts:
+        """Read the contacts of the last forward pass."""
+        data = self.data
+        count = data.ncon
+        if count == 0:
+            return Contacts(False, False, 0.0, 0.0, 0.0, False)
+        pair = self._kind[data.contact.geom]  # [count, 2]
+        address = data.contact.efc_address
+        force = np.where(address >= 0, data.efc_force[address], 0.0)  # elliptic cone: the first row is the normal
+        table = np.zeros(36)
+        np.add.at(table, pair.min(1) * 6 + pair.max(1), force)
+        touch = np.zeros(36, bool)
+        touch[(pair.min(1) * 6 + pair.max(1))[data.contact.dist < 0.0005]] = True
+        f = table.reshape(6, 6)
+        t = touch.reshape(6, 6)
+        on_object = (f[_FINGER_LEFT, _OBJECT], f[_FINGER_RIGHT, _OBJECT], f[_ROBOT, _OBJECT], f[_TABLE, _OBJECT])
+        on_table = f[_ROBOT, _TABLE] + f[_FINGER_LEFT, _TABLE] + f[_FINGER_RIGHT, _TABLE]
+        own = f[_ROBOT, : _TABLE].sum()
+        return Contacts(
+            left=bool(t[_FINGER_LEFT, _OBJECT]),
+            right=bool(t[_FINGER_RIGHT, _OBJECT]),
+            object_force=float(max(on_object)),
+            table_force=float(max(on_table, f[_TABLE, _OBJECT])),
+            self_force=float(own),
+            self_collision=bool(t[_ROBOT, :_TABLE].any()),
+        )
+
+    # What is put.
+
+    def reset(self) -> None:
+        """Put everything where the XML has it."""
+        mujoco.mj_setState(self.model, self.data, self._home, _STATE)
+
+    def place(self, joints: np.ndarray, opening: float, object_pos: np.ndarray, object_quat: np.ndarray) -> None:
+        """Put arm, fingers and object, at rest, and bring what follows from them (positions, contacts) up to date."""
+        data, at = self.data, self._qpos
+        data.qpos[:7] = joints
+        data.qpos[7:9] = opening / 2
+        data.qpos[at : at + 3] = object_pos
+        data.qpos[at + 3 : at + 7] = object_quat
+        data.qvel[:] = 0
+        data.qacc_warmstart[:] = 0
+        mujoco.mj_forward(self.model, data)
+
+    def get_state(self) -> np.ndarray:
+        """Return the whole state of the physics, warm start included, so that what follows is bit-equal."""
+        state = np.empty(self._state_size)
+        mujoco.mj_getState(self.model, self.data, state, _STATE)
+        return state
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Undo of `get_state`; what follows from the state (positions, contacts) is brought up to date."""
+        mujoco.mj_setState(self.model, self.data, state, _STATE)
+        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_setState(self.model, self.data, state, _STATE)  # mj_forward has touched the warm start
+
+    # Pictures.
+
+    def render(self, cameras: tuple[str, ...] | None = None) -> np.ndarray:
+        """Draw the present state: uint8 [size, size * views, 3], the views side by side.
+
+        Raises RuntimeError, naming the remedy, where there is no GL library.
+        """
+        if self._renderer is None:
+            self._renderer = self._make_renderer()
+        views = []
+        for camera in cameras or self.cameras:
+            self._renderer.update_scene(self.data, camera)
+            views.append(self._renderer.render())
+        return views[0] if len(views) == 1 else np.concatenate(views, axis=1)
+
+    def _make_renderer(self) -> mujoco.Renderer:
+        try:
+            renderer = mujoco.Renderer(self.model, self.image_size, self.image_size)
+        except Exception as error:
+            raise RuntimeError(f"{GL_HELP} ({type(error).__name__})") from error
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            renderer.scene.flags[int(flag)] = 0
+        return renderer
+
+    def close(self) -> None:
+        """Free the GL context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
