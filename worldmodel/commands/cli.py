@@ -1,0 +1,209 @@
+"""From words on a command line to a sub-command's Config, and from its result or error to streams and exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]  # of the packages worldmodel, planners, envs and assets
+OURS = tuple(str(ROOT / package) + os.sep for package in ("worldmodel", "planners", "envs"))
+PRESETS = ROOT / "assets" / "presets"
+
+DRAWING = tuple(os.path.join("mujoco", part) + os.sep for part in ("egl", "osmesa", "rendering"))
+NO_GL = "no GL library to draw with; install one, apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl"
+
+COMMANDS = {
+    "collect": "run scripted experts in the simulator and keep their episodes",
+    "pretrain": "pretrain the video encoder on episodes",
+    "train": "train the predictor on features of a frozen encoder",
+    "probe": "measure what an encoder's features know of the scene",
+    "bench": "let a policy act in a task and count its successes",
+    "show": "make pictures of datasets, episodes, trainings and benchmarks",
+}
+SHARED = """\
+Shared by all commands:
+  --preset NAME      take the fields' values from assets/presets/COMMAND/NAME.yaml; flags override them
+  --json             print the result as one JSON object on stdout, and nothing else
+  --debug-traceback  show where a bad input was noticed (also: WORLDMODEL_TRACEBACK=1)
+Exit codes: 0 success, 2 bad input, 1 failure."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a sub-command and return its exit code: 0 success, 2 bad input, 1 failure."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        (sys.stdout if args else sys.stderr).write(_overview() + "\n")
+        return 0 if args else 2
+    shared, rest = _shared_flags(args[1:])
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    for package in ("worldmodel", "planners", "envs"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        module = _module(args[0])
+        if "-h" in rest or "--help" in rest:
+            return _help(args[0], module)
+        config = parse(args[0], module, rest, shared.preset)
+        with contextlib.redirect_stdout(sys.stderr):  # of libraries that print: stdout is for the result
+            result = module.run(config)
+    except KeyboardInterrupt:
+        return 1
+    except Exception as error:
+        return _fail(f"worldmodel {args[0]}", error, shared.debug_traceback)
+    sys.stdout.write((json.dumps(_jsonable(result)) if shared.json else module.report(result)) + "\n")
+    return 0
+
+
+def parse(command: str, module: ModuleType, flags: Sequence[str], preset: str | None = None):
+    """The Config of a command, from its defaults, a preset and flags; raises ValueError in one line."""
+    import tyro
+
+    known = _fields(module.Config)
+    words = _preset_flags(command, preset, known) + list(flags)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(module.Config, prog=f"worldmodel {command}", args=words)
+    except SystemExit:
+        title, _, text = _unbox(errors.getvalue()).partition(": ")
+        text = text.removeprefix("Error parsing Config: ")
+        if title == "Unrecognized options":
+            text += f"; known are {', '.join('--' + name for name in known)}"
+        raise ValueError(text) from None
+
+
+def presets(command: str) -> list[str]:
+    """Names of a command's presets."""
+    return sorted(path.stem for path in (PRESETS / command).glob("*.yaml"))
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{line}" for name, line in COMMANDS.items() if _exists(name)]
+    return "\n".join(
+        ["usage: worldmodel COMMAND [--preset NAME] [--json] [flags]", "", "Commands (each has --help):", *lines, "", SHARED]
+    )
+
+
+def _exists(command: str) -> bool:
+    return importlib.util.find_spec(f"worldmodel.commands.{command}") is not None
+
+
+def _module(command: str) -> ModuleType:
+    if command not in COMMANDS or not _exists(command):
+        raise ValueError(f"unknown command; known are {', '.join(filter(_exists, COMMANDS))}")
+    return importlib.import_module(f"worldmodel.commands.{command}")
+
+
+def _shared_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="worldmodel", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--debug-traceback", action="store_true", default=bool(os.environ.get("WORLDMODEL_TRACEBACK")))
+    return parser.parse_known_args(words)
+
+
+def _help(command: str, module: ModuleType) -> int:
+    import tyro
+
+    names = ", ".join(presets(command)) or "none"
+    description = f"{module.__doc__}\n\n{SHARED}\nPresets of {command}: {names}"
+    with contextlib.suppress(SystemExit):
+        tyro.cli(module.Config, prog=f"worldmodel {command}", description=description, args=["--help"])
+    return 0
+
+
+def _fields(config: type, prefix: str = "") -> dict[str, type]:
+    """Flags of a Config and their types; those of a nested one are named outer.inner."""
+    hints, fields = typing.get_type_hints(config), {}
+    for field in dataclasses.fields(config):
+        name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
+        fields.update(_fields(kind, name + ".") if dataclasses.is_dataclass(kind) else {name: kind})
+    return fields
+
+
+def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> list[str]:
+    """A preset as the flags that say the same."""
+    import yaml
+
+    if preset is None:
+        return []
+    path = PRESETS / command / f"{preset}.yaml"
+    if preset not in presets(command):
+        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets(command)) or 'none'}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected keys and values")
+    flags = []
+    for name, value in _flat(values).items():
+        if name not in known:
+            raise ValueError(f"{path} has unknown key {name.replace('-', '_')!r}; known are "
+                             f"{', '.join(known).replace('-', '_')}")  # fmt: skip
+        if isinstance(value, bool):
+            head, _, last = name.rpartition(".")
+            flags.append("--" + (f"{head}." if head else "") + ("" if value else "no-") + last)
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in values.items():
+        name = prefix + str(key).replace("_", "-")
+        flat.update(_flat(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _unbox(text: str) -> str:
+    """The title and first paragraph of one of tyro's framed messages, as one line."""
+    lines = [line.strip("│ ").strip() for line in text.splitlines()]
+    title = lines[0].strip("╭─╮ ") if lines else "Error"
+    body = []
+    for line in lines[1:]:
+        if line.startswith(("──", "╰")):
+            break
+        body.append(line)
+    return f"{title}: {' '.join(body)}"
+
+
+def _jsonable(value):
+    """The same with what JSON lacks replaced: numpy's numbers, tuples, paths; NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else _jsonable(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def _fail(who: str, error: Exception, show: bool) -> int:
+    """Say what went wrong: a bad input in one line, anything else with its traceback."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    message = " ".join(str(error).split())
+    bad_input = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
+    bad_input |= isinstance(error, ValueError) and files[-1].startswith(OURS)
+    if any(part in file for file in files for part in DRAWING) or message.startswith("cannot draw"):
+        bad_input, message = True, NO_GL
+    if show or not bad_input:
+        traceback.print_exception(error)
+    if bad_input:
+        sys.stderr.write(f"{who}: {message}\n")
+    return 2 if bad_input else 1

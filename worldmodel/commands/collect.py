@@ -1,0 +1,239 @@
+"""Run scripted experts in the simulator and keep their episodes.
+
+Episode i depends on the configuration and on seed + i alone, so neither the number of workers nor an interruption
+changes a byte: the same command goes on where it was stopped, and mends what is damaged or missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from worldmodel import data
+
+OBJECTS = {"box": ("box",), "cup": ("cup",), "both": ("box", "cup")}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to collect, and where to."""
+
+    out: Path
+    """folder of the dataset; one that holds a part of the same dataset is completed"""
+    task: Literal["reach", "grasp", "reach-with-object", "pick-place"] = "pick-place"
+    """what the experts try to do"""
+    object: Literal["box", "cup", "both"] = "box"
+    """what they do it with; both: by turns"""
+    policy: Literal["expert", "varied", "noisy", "failing", "play", "mixture", "random", "nothing"] = "mixture"
+    """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode"""
+    episodes: int = 100
+    """number of episodes"""
+    seed: int = 0
+    """seed of the first episode; episode i has seed + i"""
+    workers: int = os.cpu_count() or 1
+    """number of processes"""
+    image_size: int = 96
+    """height and width of the images (pixels)"""
+    cameras: tuple[str, ...] = ("front",)
+    """views, side by side in one image"""
+    action_dim: Literal[4, 7] = 4
+    """4: dx, dy, dz, gripper; 7: with rotation"""
+    max_steps: int = 40
+    """length of an episode (steps of 0.2 s)"""
+    stop_on_success: bool = True
+    """end an episode at its success"""
+    randomization: Literal["none", "mild", "strong"] = "none"
+    """how much cameras, colours, light, mass and friction vary between episodes"""
+
+    def __post_init__(self):
+        for name in ("episodes", "workers", "image_size", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
+
+
+def run(config: Config) -> dict:
+    """Collect what is missing of the dataset, and return what it holds and how fast it grew."""
+    start, steps = time.perf_counter(), 0
+    _try_out(config)
+    with _owned(config.out) as folder:
+        _begin(config, folder)
+        missing = _missing(config, folder)
+        bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc="collect", unit="episode")
+        with bar, contextlib.closing(_collected(config, folder, missing)) as collected:
+            for taken in collected:
+                steps += taken
+                bar.update()
+                bar.set_postfix_str(f"{steps / (time.perf_counter() - start):.0f} steps/s")
+        seconds = time.perf_counter() - start
+        checksums = [data.checksum(data.episode_path(folder, i)) for i in range(config.episodes)]
+        data.write_recipe(folder, _command(config), _recipe(config), config.episodes, checksums)
+    return _summary(config, len(missing), steps, seconds)
+
+
+def report(result: dict) -> str:
+    """The same for people."""
+    return (
+        "{out}: {episodes} episodes ({successes} of them successes), {frames} frames, fingerprint {fingerprint}\n"
+        "new: {collected} episodes, {steps} steps in {seconds:.1f} s, {steps_per_second:.0f} steps/s"
+    ).format(**result)
+
+
+def _try_out(config: Config) -> None:
+    """Notice what would fail in the workers, before anything is written."""
+    env = _env(config, OBJECTS[config.object][0])
+    env.reset(seed=config.seed)
+    env.close()
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[Path]:
+    """The folder, made if need be, while no other process collects into it."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise FileExistsError(f"another collect is writing to {folder}; wait for it or choose another --out") from None
+    finally:
+        os.close(handle)
+
+
+def _begin(config: Config, folder: Path) -> None:
+    """Write the recipe, or find the same one; raises FileExistsError where the folder holds something else."""
+    data.remove_leftovers(folder)
+    if not (folder / "dataset.json").exists():
+        if others := sorted(path.name for path in folder.iterdir()):
+            raise FileExistsError(f"{folder} holds {others[0]}, which is not of a dataset; choose another --out")
+        data.write_recipe(folder, _command(config), _recipe(config), config.episodes)
+        return
+    there = data.read_recipe(folder)
+    there = {"episodes": there["episodes"], **there["config"]}
+    wanted = {"episodes": config.episodes, **_recipe(config)}
+    differences = [f"{key} {there.get(key)} instead of {wanted.get(key)}" for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
+    if differences:
+        raise FileExistsError(f"{folder} holds another dataset, with {', '.join(differences)}; choose another --out")
+
+
+def _recipe(config: Config) -> dict:
+    """What the episodes' bytes depend on, beside their number."""
+    recipe = dataclasses.asdict(config)
+    for key in ("out", "workers", "episodes"):
+        del recipe[key]
+    return {**recipe, "cameras": list(config.cameras)}
+
+
+def _command(config: Config) -> str:
+    """The command that makes this dataset, but for --out."""
+    words = ["worldmodel", "collect", "--episodes", str(config.episodes)]
+    for key, value in _recipe(config).items():
+        words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _missing(config: Config, folder: Path) -> list[int]:
+    """Indices of episodes that are not there, or damaged."""
+    paths = [data.episode_path(folder, i) for i in range(config.episodes)]
+    there = [path for path in paths if path.exists()]
+    sound = {path for path in tqdm(there, desc="check", unit="episode", delay=2) if data.check_episode(path)}
+    for path in set(there) - sound:
+        log.warning("%s is damaged; collecting it again", path)
+    return [i for i, path in enumerate(paths) if path not in sound]
+
+
+def _collected(config: Config, folder: Path, indices: list[int]) -> Iterator[int]:
+    """Collect these episodes in worker processes; yields the steps of each that is complete."""
+    if not indices:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers to come
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(config.workers, len(indices)), context, _end_with_parent)
+    try:
+        for future in as_completed([pool.submit(_collect, config, folder, i) for i in indices]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Have this worker end at once when its parent does, even one that is killed."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _collect(config: Config, folder: Path, index: int) -> int:
+    """Collect one episode and return its number of steps."""
+    episode = record(config, config.seed + index)
+    data.write_episode(data.episode_path(folder, index), episode)
+    return len(episode["actions"])
+
+
+def record(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """One episode as data.write_episode takes it; it depends on the configuration and the seed alone."""
+    from envs import experts, run
+
+    env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
+    policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
+    episode = run.rollout(env, lambda obs, info: policy(info), seed)
+    privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
+    return {
+        **episode.obs,
+        "actions": episode.actions,
+        **{key: np.stack([np.asarray(info[key]) for info in episode.infos]) for key in privileged},
+        "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]),  # events in the step before
+        "seed": np.int64(seed),
+        "task": config.task,
+        "object": env.config.object,
+        "policy": config.policy,
+        "success": episode.success,
+    }
+
+
+@functools.lru_cache
+def _env(config: Config, object: str):
+    """The environment of this process for one kind of object, used for all its episodes."""
+    import envs
+
+    names = {field.name for field in dataclasses.fields(envs.EnvConfig)} & set(vars(config))
+    same = {name: getattr(config, name) for name in names}
+    return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False}))
+
+
+def _summary(config: Config, collected: int, steps: int, seconds: float) -> dict:
+    """What the dataset holds, and what this run has added."""
+    dataset = data.Dataset.open(config.out)
+    successes = sum(bool(data.read_episode(episode.path, ("success",))["success"]) for episode in dataset.episodes)
+    return {
+        "out": str(config.out),
+        "episodes": len(dataset.episodes),
+        "frames": dataset.frames,
+        "fingerprint": dataset.fingerprint,
+        "successes": successes,
+        "collected": collected,
+        "steps": steps,
+        "seconds": seconds,
+        "steps_per_second": steps / seconds,
+    }
