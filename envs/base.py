@@ -73,6 +73,10 @@ class EnvState:
     top: float
 
 
+def _copy(obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: value.copy() for key, value in obs.items()}
+
+
 class PandaEnv(gym.Env):
     """A Panda arm, a table, one object, one task. Nothing is shared between two of these."""
 
@@ -90,6 +94,7 @@ class PandaEnv(gym.Env):
         self.scene = Scene(config.object, size, config.cameras)
         self.controller = Controller(self.scene)
         self.randomizer = Randomizer(self.scene)
+        self.variation = Variation({}, None)
         self.episode: Episode | None = None
 
     # Gymnasium.
@@ -172,8 +177,8 @@ class PandaEnv(gym.Env):
         achieved = self.achieved()
         return {
             "success": bool(self.task.success(achieved, self.episode.wanted)),
-            "goal": self._goal,
-            "subgoals": self._subgoals,
+            "goal": _copy(self._goal),
+            "subgoals": [_copy(subgoal) for subgoal in self._subgoals],
             "unsafe": unsafe,
             "cost": float(len(unsafe)),
             "privileged/object_pos": achieved.object_pos,
@@ -182,7 +187,7 @@ class PandaEnv(gym.Env):
             "privileged/tcp_pos": achieved.tcp,
             "privileged/opening": self.scene.opening,
             "privileged/command": self.controller.state.opening,
-            "privileged/target_pos": self.episode.wanted.target,
+            "privileged/target_pos": self.episode.wanted.target.copy(),
             "privileged/touched": bool(achieved.touched),
             "privileged/grasped": bool(achieved.grasped),
             "privileged/held_steps": int(self._held_steps),
@@ -219,7 +224,7 @@ class PandaEnv(gym.Env):
 
     def set_state(self, state: EnvState) -> None:
         """Go to a state of `get_state`, of this or of another environment with the same config; exact."""
-        if state.variation is not getattr(self, "variation", None):
+        if state.variation is not self.variation:
             self.randomizer.apply(state.variation)
         self.scene.set_state(state.physics)
         self.controller.state = state.control

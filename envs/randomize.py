@@ -13,17 +13,38 @@ import numpy as np
 from envs.control import WORKSPACE
 from envs.scene import Scene, yaw_quat
 
-LEVELS = ("none", "mild", "strong")
-_FIELDS = ("cam_pos", "cam_quat", "light_pos", "light_dir", "light_diffuse", "geom_rgba", "mat_rgba", "geom_friction",
-           "body_mass", "body_inertia", "tex_data")  # fmt: skip
+DISTRACTORS = 3
+DISTRACTOR_HEIGHTS = (0.02, 0.025, 0.02)  # m, halves, as in scene.xml
+CLEAR = 0.095  # m, from a distractor's middle to wherever the object is to be
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much of what a level of randomisation changes."""
+
+    camera_shift: float  # m, at most, per axis
+    camera_turn: float  # rad, at most
+    light: float  # relative, at most
+    distractors: int  # at most
+    colours: float  # how far a colour goes towards a random one, 0 to 1
+    mass: float  # factor, at most (and its inverse)
+    friction: float  # factor, at most (and its inverse)
+    textures: bool
+
+
+LEVELS: dict[str, Level | None] = {
+    "none": None,
+    "mild": Level(0.02, np.deg2rad(2.0), 0.2, 2, 0.0, 1.0, 1.0, False),
+    "strong": Level(0.03, np.deg2rad(2.5), 0.4, 3, 0.6, 2.0, 1.5, True),
+}
 
 
 @dataclass(frozen=True)
 class Variation:
-    """What differs from the scene's XML in an episode: model fields by name (empty: nothing), and the distractors' poses."""
+    """What differs from the scene's XML in an episode: model fields by name; distractors' poses [3, 7], m and wxyz."""
 
     fields: dict[str, np.ndarray]
-    distractors: np.ndarray | None  # [3, 7] m and wxyz; None: parked
+    distractors: np.ndarray | None  # None: parked
 
 
 class Randomizer:
@@ -31,19 +52,101 @@ class Randomizer:
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self._nominal = {name: getattr(scene.model, name).copy() for name in _FIELDS}
-        self._changed: set[str] = set()
+        self._nominal: dict[str, np.ndarray] = {}  # of the fields that have ever been changed
+        self._table = scene.model.geom("table").id
+        self._materials = [i for i in range(scene.model.nmat) if scene.model.mat(i).name.startswith("table")]
+        self._object = scene.model.body("object").id
+        self._things = [i for i in range(scene.model.ngeom) if scene.model.geom(i).name.startswith("object")]
 
     def draw(self, level: str, places: np.ndarray, rng: np.random.Generator) -> Variation:
-        """Draw a variation of a level; distractors keep away from `places` [n, 3], where the object will be."""
-        if level == "none":
+        """Draw a variation of a level; distractors keep away from `places` [n, 3], where the object is to be."""
+        amount = LEVELS[level]
+        if amount is None:
             return Variation({}, None)
-        raise NotImplementedError
+        fields: dict[str, np.ndarray] = {}
+        self._draw_camera(amount, fields, rng)
+        self._draw_light(amount, fields, rng)
+        self._draw_colours(amount, fields, rng)
+        self._draw_physics(amount, fields, rng)
+        return Variation(fields, self._draw_distractors(amount, places, rng))
 
     def apply(self, variation: Variation) -> None:
-        """Make the scene's model as the variation has it; whatever it does not name is as in the XML."""
-        for name in self._changed - set(variation.fields):
-            getattr(self._scene.model, name)[:] = self._nominal[name]
-        for name, value in variation.fields.items():
-            getattr(self._scene.model, name)[:] = value
-        self._changed = set(variation.fields)
+        """Make the scene as the variation has it; whatever it does not name is as in the XML."""
+        model = self._scene.model
+        for name in variation.fields:
+            self._nominal.setdefault(name, getattr(model, name).copy())
+        for name, nominal in self._nominal.items():
+            getattr(model, name)[:] = variation.fields.get(name, nominal)
+        if variation.distractors is not None:
+            self._scene.data.mocap_pos[:] = variation.distractors[:, :3]
+            self._scene.data.mocap_quat[:] = variation.distractors[:, 3:]
+
+    def _field(self, name: str) -> np.ndarray:
+        """Copy a field as it is in the XML."""
+        return self._nominal.get(name, getattr(self._scene.model, name)).copy()
+
+    def _draw_camera(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        pos, quat = self._field("cam_pos"), self._field("cam_quat")
+        for i in range(len(pos)):
+            axis = rng.normal(size=3)
+            turn = np.empty(4)
+            mujoco.mju_axisAngle2Quat(turn, axis / np.linalg.norm(axis), rng.uniform(0, amount.camera_turn))
+            shift = rng.uniform(-amount.camera_shift, amount.camera_shift, 3)
+            if self._scene.model.cam_bodyid[i] != 0:  # on the hand: a mounting is off by less
+                shift = shift / 4
+            pos[i] += shift
+            mujoco.mju_mulQuat(quat[i], quat[i].copy(), turn)
+        fields.update(cam_pos=pos, cam_quat=quat)
+
+    def _draw_light(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        direction, diffuse = self._field("light_dir"), self._field("light_diffuse")
+        direction += rng.uniform(-amount.light, amount.light, direction.shape) * [1, 1, 0]
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        tint = rng.uniform(-0.1, 0.1, diffuse.shape) * amount.light
+        diffuse *= 1 + rng.uniform(-amount.light, amount.light) + tint
+        fields.update(light_dir=direction, light_diffuse=diffuse.clip(0, 1))
+
+    def _draw_colours(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        colours, materials = self._field("geom_rgba"), self._field("mat_rgba")
+        for i in range(DISTRACTORS):
+            colours[self._scene.model.geom(f"distractor{i}").id, :3] = rng.uniform(0.05, 0.95, 3)
+        # Whatever has one colour keeps one: the arm's links, the fingers, the sides of a cup.
+        for colour in np.unique(colours[:, :3], axis=0):
+            same = (colours[:, :3] == colour).all(1)
+            colours[same, :3] += amount.colours * (rng.uniform(0.05, 0.95, 3) - colour)
+        materials[:, :3] += amount.colours * (rng.uniform(0.1, 0.9, 3) - materials[:, :3])
+        fields.update(geom_rgba=colours, mat_rgba=materials)
+        if amount.textures:
+            matid = self._field("geom_matid")
+            matid[self._table] = rng.choice(self._materials)
+            fields["geom_matid"] = matid
+
+    def _draw_physics(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        mass = amount.mass ** rng.uniform(-1, 1)
+        friction = amount.friction ** rng.uniform(-1, 1)
+        at, dof = self._object, slice(self._scene.model.body("object").dofadr[0], None)
+        for name, index, factor in (
+            ("body_mass", at, mass),
+            ("body_inertia", at, mass),
+            ("body_subtreemass", at, mass),
+            ("body_invweight0", at, 1 / mass),
+            ("dof_invweight0", dof, 1 / mass),
+            ("geom_friction", self._things, friction),
+        ):
+            value = self._field(name)
+            value[index] *= factor
+            fields[name] = value
+
+    def _draw_distractors(self, amount: Level, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        poses = np.zeros((DISTRACTORS, 7))
+        poses[:, :3] = [0, 0, -2]  # parked under the floor
+        poses[:, 3] = 1
+        taken = [*places[:, :2]]
+        for i in rng.permutation(DISTRACTORS)[: rng.integers(amount.distractors + 1)]:
+            for _ in range(20):  # a crowded table gets fewer
+                spot = rng.uniform(WORKSPACE[0, :2] - [0.04, 0.05], WORKSPACE[1, :2] + [0.04, 0.05])
+                if min(np.linalg.norm(spot - other) for other in taken) >= CLEAR:
+                    taken.append(spot)
+                    poses[i] = [*spot, DISTRACTOR_HEIGHTS[i], *yaw_quat(rng.uniform(-np.pi, np.pi))]
+                    break
+        return poses

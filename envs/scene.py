@@ -5,6 +5,7 @@ Frame: the robot's base at the origin, x forward, y left, z up, the table's top 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CAMERAS = ("front", "side", "wrist")
 HOME = np.array([0.0, 0.1, 0.0, -2.4, 0.0, 2.5, np.pi / 4])  # hand straight down at about (0.50, 0, 0.17)
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-_ROBOT, _FINGER_LEFT, _FINGER_RIGHT, _TABLE, _OBJECT, _OTHER = range(6)
+_ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _OTHER = range(6)  # kinds of geom
+_TOUCH = 0.0005  # m
 GL_HELP = "cannot draw: no GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
 
 
@@ -51,6 +53,9 @@ class Contacts:
     self_collision: bool
 
 
+_NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, False)
+
+
 def yaw_quat(yaw: float) -> np.ndarray:
     """Return the quaternion [4] (wxyz) of a turn by `yaw` about z."""
     return np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
@@ -74,14 +79,15 @@ class Scene:
         self._object = self.model.body("object").id
         self._qpos = int(self.model.joint("object").qposadr[0])
         self._qvel = int(self.model.joint("object").dofadr[0])
-        self._kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
+        kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
+        self._pair = np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)  # [geom, geom]
         self._state_size = mujoco.mj_stateSize(self.model, _STATE)
         self._home = np.zeros(self._state_size)
         mujoco.mj_getState(self.model, self.data, self._home, _STATE)
 
     def _geom_kind(self, geom: int) -> int:
         name = self.model.geom(geom).name
-        named = {"finger_left": _FINGER_LEFT, "finger_right": _FINGER_RIGHT, "table": _TABLE}
+        named = {"finger_left": _LEFT, "finger_right": _RIGHT, "table": _TABLE}
         if name in named:
             return named[name]
         if name.startswith(("link", "hand")):
@@ -128,28 +134,23 @@ class Scene:
     def contacts(self) -> Contacts:
         """Read the contacts of the last forward pass."""
         data = self.data
-        count = data.ncon
-        if count == 0:
-            return Contacts(False, False, 0.0, 0.0, 0.0, False)
-        pair = self._kind[data.contact.geom]  # [count, 2]
-        address = data.contact.efc_address
-        force = np.where(address >= 0, data.efc_force[address], 0.0)  # elliptic cone: the first row is the normal
-        table = np.zeros(36)
-        np.add.at(table, pair.min(1) * 6 + pair.max(1), force)
-        touch = np.zeros(36, bool)
-        touch[(pair.min(1) * 6 + pair.max(1))[data.contact.dist < 0.0005]] = True
-        f = table.reshape(6, 6)
-        t = touch.reshape(6, 6)
-        on_object = (f[_FINGER_LEFT, _OBJECT], f[_FINGER_RIGHT, _OBJECT], f[_ROBOT, _OBJECT], f[_TABLE, _OBJECT])
-        on_table = f[_ROBOT, _TABLE] + f[_FINGER_LEFT, _TABLE] + f[_FINGER_RIGHT, _TABLE]
-        own = f[_ROBOT, : _TABLE].sum()
+        if data.ncon == 0:
+            return _NO_CONTACTS
+        contact = data.contact
+        pair = self._pair[contact.geom[:, 0], contact.geom[:, 1]]
+        address = contact.efc_address  # elliptic cone: the first row of a contact is its normal; -1: no force
+        force = np.bincount(pair, data.efc_force[address] * (address >= 0), minlength=36).tolist()
+        touch = set(pair[contact.dist < _TOUCH].tolist())
+        own = (_ROBOT * 6 + _ROBOT, _ROBOT * 6 + _LEFT, _ROBOT * 6 + _RIGHT)
+        on_object = max(force[kind * 6 + _OBJECT] for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE))
+        on_table = sum(force[kind * 6 + _TABLE] for kind in (_ROBOT, _LEFT, _RIGHT))
         return Contacts(
-            left=bool(t[_FINGER_LEFT, _OBJECT]),
-            right=bool(t[_FINGER_RIGHT, _OBJECT]),
-            object_force=float(max(on_object)),
-            table_force=float(max(on_table, f[_TABLE, _OBJECT])),
-            self_force=float(own),
-            self_collision=bool(t[_ROBOT, :_TABLE].any()),
+            left=_LEFT * 6 + _OBJECT in touch,
+            right=_RIGHT * 6 + _OBJECT in touch,
+            object_force=on_object,
+            table_force=max(on_table, force[_TABLE * 6 + _OBJECT]),
+            self_force=sum(force[pair] for pair in own),
+            self_collision=not touch.isdisjoint(own),
         )
 
     # What is put.
@@ -190,6 +191,7 @@ class Scene:
         """
         if self._renderer is None:
             self._renderer = self._make_renderer()
+            self._free = weakref.finalize(self, self._renderer.close)  # also at exit, while GL is still there
         views = []
         for camera in cameras or self.cameras:
             self._renderer.update_scene(self.data, camera)
@@ -208,5 +210,5 @@ class Scene:
     def close(self) -> None:
         """Free the GL context."""
         if self._renderer is not None:
-            self._renderer.close()
+            self._free()
             self._renderer = None
