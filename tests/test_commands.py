@@ -1,0 +1,364 @@
+"""The command line as its users call it: every command with its debug preset, its streams and exit codes, bad inputs."""
+
+import filecmp
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from worldmodel import data
+from worldmodel.commands import cli
+
+ROOT = Path(__file__).parent.parent
+EXISTING = [name for name in cli.COMMANDS if importlib.util.find_spec(f"worldmodel.commands.{name}")]
+TASKS = "reach", "grasp", "reach-with-object", "pick-place"
+
+
+def words(*args) -> list[str]:
+    return [str(arg) for arg in args]
+
+
+def call(*args, **environment) -> subprocess.CompletedProcess:
+    """The command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "worldmodel", *words(*args)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+def refuse(capfd, *args) -> str:
+    """The one line that a bad input gets, called in this process."""
+    capfd.readouterr()
+    code = cli.main(words(*args))
+    out, err = capfd.readouterr()
+    assert code == 2, err
+    assert out == "" and "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("worldmodel ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    assert cli.main(words("collect", "--preset", "debug", "--out", folder)) == 0
+    return folder
+
+
+def needs(command: str):
+    return pytest.mark.skipif(command not in EXISTING, reason=f"there is no {command}")
+
+
+# Help
+
+
+def test_help_names_the_commands_and_is_quick():
+    start = time.perf_counter()
+    result = call("--help")
+    assert time.perf_counter() - start < 5
+    assert result.returncode == 0 and result.stderr == ""
+    assert all(f"  {name} " in result.stdout for name in EXISTING)
+    nothing = call()
+    assert nothing.returncode == 2 and nothing.stdout == "" and "usage" in nothing.stderr
+
+
+@pytest.mark.parametrize("command", EXISTING)
+def test_help_of_every_command_has_flags_and_presets(command, capfd):
+    assert cli.main([command, "--help"]) == 0
+    out = capfd.readouterr().out
+    assert "--preset" in out and "debug" in out and "default" in out
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from worldmodel.commands import cli, collect, show; print([m for m in ('torch', 'mujoco', 'cv2') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", EXISTING)
+def test_every_command_has_a_debug_preset_and_all_presets_fit(command):
+    module = importlib.import_module(f"worldmodel.commands.{command}")
+    assert "debug" in cli.presets(command)
+    needed = {"show": ["somewhere"]}.get(command, [])
+    for preset in cli.presets(command):
+        assert isinstance(cli.parse(command, module, needed, preset), module.Config)
+
+
+# Collect
+
+
+def test_collect_prints_a_table_or_json(dataset, tmp_path):
+    result = call("collect", "--preset", "debug", "--out", tmp_path / "set", "--json")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert told["episodes"] == told["collected"] == 4 and told["steps"] == told["frames"] - 4
+    assert told["fingerprint"] == data.Dataset.open(dataset).fingerprint
+    again = call("collect", "--preset", "debug", "--out", tmp_path / "set")  # complete: nothing to do
+    assert again.returncode == 0 and "new: 0 episodes" in again.stdout
+    assert same_bytes(dataset, tmp_path / "set")
+
+
+def test_episodes_hold_what_they_promise(dataset):
+    for i, episode in enumerate(data.Dataset.open(dataset).episodes):
+        arrays = data.read_episode(episode.path)
+        assert arrays["pixels"].shape[1:] == (96, 96, 3) and arrays["pixels"].dtype == "uint8"
+        assert arrays["proprio"].shape[1:] == (7,) and arrays["proprio"].dtype == "float32"
+        assert arrays["actions"].shape[1:] == (4,) and abs(arrays["actions"]).max() <= 1
+        assert arrays["privileged/object_pos"].shape == (episode.frames, 3)
+        assert arrays["seed"] == i and arrays["task"] == "pick-place" and arrays["policy"] == "mixture"
+        assert (arrays["pixels"][0] != arrays["pixels"][-1]).any()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_collect_of_every_task_and_object(task, tmp_path):
+    args = ("collect", "--preset", "debug", "--task", task, "--object", "both", "--episodes", 2, "--max-steps", 3)
+    assert cli.main(words(*args, "--out", tmp_path / "set")) == 0
+    episodes = [data.read_episode(e.path) for e in data.Dataset.open(tmp_path / "set").episodes]
+    assert {str(e["object"]) for e in episodes} == {"box", "cup"}
+    assert {str(e["task"]) for e in episodes} == {task}
+
+
+def test_number_of_workers_changes_nothing(dataset, tmp_path):
+    assert cli.main(words("collect", "--preset", "debug", "--workers", 3, "--out", tmp_path / "set")) == 0
+    assert same_bytes(dataset, tmp_path / "set")
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    names = sorted(os.listdir(one))
+    return names == sorted(os.listdir(other)) and not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
+
+
+def collect_while_killing(args: list[str], folder: Path, kills: int, longest: float, seed: int) -> None:
+    """Start, kill -9 at a random moment, check that the set opens; `kills` times, then let it end."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-m", "worldmodel", *args], cwd=ROOT, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, longest))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if any(folder.glob("*.npz")):
+            data.Dataset.open(folder).load()
+    end = subprocess.run([sys.executable, "-m", "worldmodel", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert end.returncode == 0, end.stderr
+
+
+def test_killed_and_resumed_collect_ends_with_the_same_bytes(tmp_path):
+    args = words("collect", "--episodes", 60, "--workers", 2, "--max-steps", 20, "--out")
+    assert cli.main([*args, str(tmp_path / "whole")]) == 0
+    collect_while_killing([*args, str(tmp_path / "killed")], tmp_path / "killed", kills=2, longest=4.0, seed=0)
+    assert same_bytes(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_collect_killed_ten_times_ends_with_the_same_bytes(tmp_path):
+    args = words("collect", "--episodes", 1200, "--object", "both", "--workers", 2, "--out")
+    assert cli.main([*args, str(tmp_path / "whole")]) == 0
+    collect_while_killing([*args, str(tmp_path / "killed")], tmp_path / "killed", kills=10, longest=6.0, seed=1)
+    assert same_bytes(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_collect_is_fast(tmp_path):
+    result = call("collect", "--episodes", 600, "--workers", 2, "--out", tmp_path / "set", "--json")
+    assert json.loads(result.stdout)["steps_per_second"] > 500  # 1,000 where nothing else runs
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    args = words("collect", "--episodes", 500, "--workers", 2, "--out", tmp_path / "set")
+    process = subprocess.Popen([sys.executable, "-m", "worldmodel", *args], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "set").glob("*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(1.0)
+    there = set(os.listdir(tmp_path / "set"))
+    time.sleep(1.0)
+    assert set(os.listdir(tmp_path / "set")) == there and len(there) < 400
+
+
+def test_collect_mends_what_is_damaged_or_missing(dataset, tmp_path):
+    folder = tmp_path / "set"
+    args = words("collect", "--preset", "debug", "--out", folder)
+    assert cli.main(args) == 0
+    path = data.episode_path(folder, 1)
+    path.write_bytes(path.read_bytes()[:5000])
+    data.episode_path(folder, 2).unlink()
+    (folder / ".episode-000002.npz.77.tmp").write_bytes(b"half")
+    with pytest.raises(ValueError, match="mend it with: worldmodel collect .*--out"):
+        data.Dataset.open(folder)
+    assert cli.main(args) == 0
+    assert same_bytes(dataset, folder)
+
+
+# Bad inputs
+
+
+BAD_FLAGS = {
+    "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
+    "--object spoon": "'box', 'cup', 'both'",
+    "--policy expret": "'expert'",
+    "--preset nothing": "known are debug",
+    "--epsiodes 3": "--episodes",
+    "--episodes 0": "episodes is 0, expected at least 1",
+    "--episodes -3": "episodes is -3, expected at least 1",
+    "--episodes many": "--episodes",
+    "--workers 0": "workers is 0",
+    "--seed -1": "seed is -1",
+    "--image-size 0": "image-size is 0",
+    "--image-size 7": "expected 16 to 1024",
+    "--cameras above": "front",
+    "--max-steps 0": "max-steps is 0",
+}
+
+
+@pytest.mark.parametrize("flags, expected", BAD_FLAGS.items())
+def test_bad_flags_get_one_line_that_names_what_exists(flags, expected, tmp_path, capfd):
+    line = refuse(capfd, "collect", *flags.split(), "--out", tmp_path / "set")
+    assert expected in line
+    assert not list(tmp_path.iterdir())  # no half file
+
+
+def test_missing_flag_and_unknown_command(capfd):
+    assert "--out" in refuse(capfd, "collect", "--episodes", 3)
+    assert "known are collect" in refuse(capfd, "colect")
+
+
+def test_bad_input_of_a_process(tmp_path):
+    result = call("collect", "--episodes", 0, "--out", tmp_path / "set")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "worldmodel collect: episodes is 0, expected at least 1\n"
+    shown = call("collect", "--episodes", 0, "--out", tmp_path / "set", WORLDMODEL_TRACEBACK="1")
+    assert shown.returncode == 2 and "Traceback" in shown.stderr
+
+
+def test_unknown_preset_key_is_named(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(cli, "PRESETS", tmp_path)
+    (tmp_path / "collect").mkdir()
+    preset = tmp_path / "collect" / "mine.yaml"
+    for text, expected in {
+        "epsiodes: 3": "unknown key 'epsiodes'; known are out, task, object, policy, episodes",
+        "episodes: {a: 3}": "unknown key 'episodes.a'",
+        "episodes: -2": "episodes is -2",
+        "task: fly": "'reach', 'grasp'",
+        "- 3": "holds list, expected keys and values",
+        "a: [": "is not YAML",
+    }.items():
+        preset.write_text(text)
+        assert expected in refuse(capfd, "collect", "--preset", "mine", "--out", tmp_path / "set")
+    assert os.listdir(tmp_path) == ["collect"]
+
+
+def test_flags_override_presets(tmp_path, monkeypatch):
+    from worldmodel.commands import collect
+
+    monkeypatch.setattr(cli, "PRESETS", tmp_path)
+    (tmp_path / "collect").mkdir()
+    text = "episodes: 3\ncameras: [front, side]\nstop_on_success: false\ntask: reach\n"
+    (tmp_path / "collect" / "mine.yaml").write_text(text)
+    config = cli.parse("collect", collect, ["--out", "x", "--episodes", "5"], "mine")
+    assert config == collect.Config(Path("x"), "reach", episodes=5, cameras=("front", "side"), stop_on_success=False)
+
+
+def test_folder_with_something_else_is_left_alone(dataset, tmp_path, capfd):
+    before = sorted(os.listdir(dataset))
+    line = refuse(capfd, "collect", "--preset", "debug", "--seed", 9, "--out", dataset)
+    assert "holds another dataset, with seed 0 instead of 9" in line
+    assert "episodes 4 instead of 5" in refuse(capfd, "collect", "--preset", "debug", "--episodes", 5, "--out", dataset)
+    assert sorted(os.listdir(dataset)) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds notes.txt" in refuse(capfd, "collect", "--preset", "debug", "--out", tmp_path)
+    assert "is a file" in refuse(capfd, "collect", "--preset", "debug", "--out", tmp_path / "notes.txt")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_two_collects_do_not_write_into_one_folder(dataset, capfd):
+    from worldmodel.commands import collect
+
+    with collect._owned(dataset):
+        assert "another collect is writing" in refuse(capfd, "collect", "--preset", "debug", "--out", dataset)
+
+
+def test_without_gl_library_one_line_says_what_to_install(tmp_path):
+    result = call("collect", "--preset", "debug", "--out", tmp_path / "set", MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="", LD_LIBRARY_PATH="")
+    if result.returncode == 0:
+        pytest.skip("this machine has OSMesa")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "apt-get install libegl1" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_failure_that_is_no_bad_input_shows_its_traceback(tmp_path, capfd, monkeypatch):
+    from worldmodel.commands import collect
+
+    def fail(config):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(collect, "_try_out", fail)
+    assert cli.main(words("collect", "--preset", "debug", "--out", tmp_path / "set")) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and "Traceback" in err and "ZeroDivisionError: ours" in err
+
+
+def test_results_become_json():
+    import numpy as np
+
+    value = {"a": np.float32(1), "b": (np.int64(2), [float("nan")]), "c": np.arange(2), "d": Path("x"), 1: None, "e": True}
+    told = {"a": 1.0, "b": [2, [None]], "c": [0, 1], "d": "x", "1": None, "e": True}
+    assert json.loads(json.dumps(cli._jsonable(value))) == told
+
+
+# Show
+
+
+@pytest.mark.parametrize("suffix, images", [(".png", 1), (".webp", 13)])
+def test_show_episode_and_dataset(dataset, tmp_path, capfd, suffix, images):
+    from PIL import Image
+
+    for name, path in {"episode": data.episode_path(dataset, 0), "dataset": dataset}.items():
+        capfd.readouterr()
+        out = tmp_path / f"{name}{suffix}"
+        assert cli.main(words("show", path, "--preset", "debug", "--out", out, "--json")) == 0
+        told = json.loads(capfd.readouterr().out)
+        assert told["kind"] == name and told["images"] == images
+        with Image.open(out) as image:
+            assert list(image.size) == told["size"] and getattr(image, "n_frames", 1) == images
+
+
+def test_show_training_and_benchmarks(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    rows = [{"step": i, "minutes": i / 60, "loss": 1 / (i + 1), "rank": 3} for i in range(50)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for policy in ("planner", "random"):
+        (tmp_path / "bench" / policy).mkdir(parents=True)
+        result = {
+            "config": {"task": "reach", "policy": policy},
+            "episodes": [{}] * 10,
+            "summary": {"success_rate": 0.5, "success_ci95": [0.24, 0.76], "unsafe_rate": 0.1},
+        }
+        (tmp_path / "bench" / policy / "results.json").write_text(json.dumps(result))
+    for name in ("run", "bench"):
+        assert cli.main(words("show", tmp_path / name, "--out", tmp_path / "a" / f"{name}.png")) == 0
+        assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "does not move" in refuse(capfd, "show", tmp_path / name, "--out", tmp_path / "a" / f"{name}.webp")
+    assert sorted(os.listdir(tmp_path / "a")) == ["bench.png", "run.png"]
+
+
+def test_show_refuses_what_it_cannot_read(dataset, tmp_path, capfd):
+    out = tmp_path / "a.png"
+    assert "is missing" in refuse(capfd, "show", tmp_path / "nowhere", "--out", out)
+    assert "nothing to show" in refuse(capfd, "show", tmp_path, "--out", out)
+    assert ".png or .webp" in refuse(capfd, "show", dataset, "--out", tmp_path / "a.gif")
+    assert "scale is 0" in refuse(capfd, "show", dataset, "--scale", 0, "--out", out)
+    (tmp_path / "episode-000000.npz").write_bytes(data.episode_path(dataset, 0).read_bytes()[:9000])
+    assert "is damaged" in refuse(capfd, "show", tmp_path / "episode-000000.npz", "--out", out)
+    (tmp_path / "metrics.jsonl").write_text("{")
+    assert "metrics.jsonl is damaged" in refuse(capfd, "show", tmp_path, "--out", out)
+    assert not out.exists()
