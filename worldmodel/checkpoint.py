@@ -1,0 +1,70 @@
+"""Weights and run states as safetensors: whole or absent, with their config inside."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+FORMAT = "worldmodel-1"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put data at path in one step, so that a reader finds the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], config: dict, about: dict | None = None) -> None:
+    """Write tensors with what they are (`kind`), their config, and how they were made (`about`)."""
+    metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config), "about": json.dumps(about or {})}
+    write(Path(path), save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata))
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict, dict]:
+    """Tensors, config and about of a file that `save_tensors` wrote.
+
+    Raises FileNotFoundError without a file, ValueError when it is damaged, of another format or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} file at {path}; train one or leave the flag out for the shipped weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again or train it anew") from error
+    if metadata.get("format") != FORMAT or metadata.get("kind") != kind:
+        found = metadata.get("kind", "a file of another program")
+        raise ValueError(f"{path} holds {found!r}, expected {kind!r}; give a file that `worldmodel` wrote as {kind}")
+    return tensors, json.loads(metadata["config"]), json.loads(metadata["about"])
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Load tensors into a module; ValueError names the first one that does not fit."""
+    wanted = module.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        have = tuple(tensors[name].shape) if name in tensors else "nothing"
+        want = tuple(wanted[name].shape) if name in wanted else "nothing"
+        if have != want:
+            raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}")
+    module.load_state_dict(tensors)
+
+
+def seeded(*seeds: int) -> torch.Generator:
+    """A generator that depends on all of the seeds."""
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 1_000_003 + seed + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,101 @@
+"""Pretrain the video encoder on episodes, without labels: V-JEPA's masked latent prediction.
+
+The target is an EMA of the encoder (V-JEPA), the pixels, or a frozen encoder that was trained on pixels (SALT). Writes
+RUN/encoder.safetensors at the end, and on the way checkpoints, metrics.jsonl and TensorBoard curves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train on, how long, and where to; every other field is part of the recipe."""
+
+    data: tuple[Path, ...]
+    """folders that `worldmodel collect` made"""
+    out: Path
+    """folder of the run"""
+    minutes: float | None = None
+    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays (default: to the end)"""
+    resume: bool = False
+    """go on with the run in --out"""
+    threads: int = 2
+    """processor threads; the number is part of what makes two runs bit-equal"""
+    target: str = "ema"
+    """what is predicted at hidden patches: ema (V-JEPA), pixels, or the file of a frozen encoder (SALT)"""
+    start: str = ""
+    """file of an encoder to start from"""
+    pixel_weight: float = 0.0
+    """weight of a pixel reconstruction loss beside the latent one"""
+    visible_weight: float = 0.0
+    """weight of the loss on visible patches"""
+    image_size: int = 96
+    """height and width of one view (pixels)"""
+    views: int = 1
+    """cameras side by side in one image"""
+    patch_size: int = 12
+    """height and width of a patch (pixels)"""
+    embed_dim: int = 192
+    """width of the encoder"""
+    depth: int = 6
+    """blocks of the encoder"""
+    num_heads: int = 3
+    """attention heads of the encoder"""
+    frames: int = 4
+    """frames in a clip; 1 trains on single images alone (I-JEPA)"""
+    stride: int = 2
+    """environment steps between the frames of a clip"""
+    image_share: float = 0.5
+    """share of the steps that train on single frames"""
+    batch: int = 128
+    """clips per step"""
+    steps: int = 10_000
+    """length of the schedule"""
+    rate: float = 1e-3
+    """highest learning rate"""
+    seed: int = 0
+    """seed of weights, clips and masks"""
+
+    def __post_init__(self):
+        for name in ("threads", "image_size", "views", "patch_size", "embed_dim", "depth", "num_heads", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}, expected more than 0")
+
+
+def run(config: Config) -> dict:
+    """Pretrain, and return where the encoder is and how healthy its features are."""
+    import torch
+
+    from worldmodel.checkpoint import load_tensors
+    from worldmodel.data import Dataset
+    from worldmodel.encoder import EncoderConfig
+    from worldmodel.pretrain import PretrainConfig, pretrain
+
+    torch.set_num_threads(config.threads)
+    encoder = EncoderConfig(
+        config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
+        num_heads=config.num_heads,
+    )  # fmt: skip
+    names = {f.name for f in dataclasses.fields(PretrainConfig)} & {f.name for f in dataclasses.fields(Config)}
+    recipe = PretrainConfig(encoder=encoder, **{name: getattr(config, name) for name in names})
+    path = pretrain(recipe, Dataset.open(config.data), config.out, config.minutes, config.resume)
+    if path is None:
+        return {"finished": False, "run": str(config.out)}
+    _, _, about = load_tensors(path, "encoder")
+    return {"finished": True, "encoder": str(path), **{k: about[k] for k in ("minutes", "spread", "rank")}}
+
+
+def report(result: dict) -> str:
+    """The result in words."""
+    if not result["finished"]:
+        return f"{result['run']}: stopped before the end of the schedule; the same command with --resume goes on"
+    return (
+        f"{result['encoder']}: {result['minutes']} minutes, spread over frames {result['spread']:.2f} (0 is collapse), "
+        f"effective rank {result['rank']:.0f}"
+    )

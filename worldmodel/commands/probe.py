@@ -1,0 +1,130 @@
+"""Measure what an encoder's frozen features know: gripper and object position (mm) and object yaw (degrees).
+
+Probes are trained on single frames of freshly collected episodes and tested on other episodes, where the object is in
+view, beside the same probes on a randomly initialised encoder and on raw pixels. Box and cup by turns; yaw is the
+box's, modulo its quarter-turn symmetry.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+BOUNDS = ((0.34, 0.66), (-0.23, 0.23), (0.0, 0.40))  # m, x y z: where the default camera sees the object
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to probe, and with how much."""
+
+    encoder: Path | None = None
+    """encoder.safetensors or model.safetensors to probe (default: the shipped model's)"""
+    frames: int = 20_000
+    """frames to train the probes on"""
+    test_frames: int = 4_000
+    """frames of other episodes to test them on"""
+    seed: int = 6000
+    """seed of the first training episode; test episodes start at seed + 4000"""
+    epochs: int = 25
+    """passes of the attentive probe over its frames"""
+    baselines: bool = True
+    """also probe a randomly initialised encoder and raw pixels"""
+    ridge: bool = True
+    """also train the ridge probe"""
+    randomization: str = "none"
+    """none, mild or strong: how much the scenes vary"""
+    workers: int = 2
+    """processes that collect"""
+    threads: int = 2
+    """processor threads"""
+
+    def __post_init__(self):
+        for name in ("frames", "test_frames", "epochs", "workers", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+
+
+def frames_of(config: Config, folder: Path, seed: int, count: int):
+    """Collect at least `count` frames with the object in view: pixels uint8 [M, h, w, 3] and their labels."""
+    import numpy as np
+
+    from worldmodel.commands import collect
+    from worldmodel.data import Dataset
+    from worldmodel.probe import Labels
+
+    steps = 24
+    episodes = max(2, -(-count * 11 // 10 // (steps + 1)))  # a tenth more, for what falls off the table
+    recipe = collect.Config(
+        out=folder, object="both", policy="mixture", episodes=episodes, seed=seed, max_steps=steps,
+        workers=config.workers, stop_on_success=False, randomization=config.randomization,
+    )  # fmt: skip
+    collect.run(recipe)
+    keys = ("pixels", "privileged/tcp_pos", "privileged/object_pos", "privileged/object_quat")
+    frames = Dataset.open(folder).load(keys=keys)
+    place, quat = frames.arrays["privileged/object_pos"], frames.arrays["privileged/object_quat"].astype(float)
+    low, high = np.array(BOUNDS).T
+    seen = ((place > low) & (place < high)).all(-1).nonzero()[0][:count]
+    w, x, y, z = quat[seen].T
+    box = frames.episode_of[seen] % 2 == 0
+    labels = Labels(
+        frames.arrays["privileged/tcp_pos"][seen].astype(float), place[seen].astype(float),
+        np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)), np.where(box, 4, 0),
+    )  # fmt: skip
+    return frames.pixels[seen], labels
+
+
+def run(config: Config) -> dict:
+    """Train and test the probes."""
+    import torch
+
+    from worldmodel import probe
+    from worldmodel.encoder import VideoEncoder
+    from worldmodel.model import load, shipped
+    from worldmodel.pretrain import load_encoder
+
+    torch.set_num_threads(config.threads)
+    path = config.encoder or shipped()
+    encoder = load(path).encoder if path.name.startswith("model") else load_encoder(path)
+    kinds = ("attentive", "ridge") if config.ridge else ("attentive",)
+    with tempfile.TemporaryDirectory() as folder:
+        train, train_labels = frames_of(config, Path(folder, "train"), config.seed, config.frames)
+        test, test_labels = frames_of(config, Path(folder, "test"), config.seed + 4000, config.test_frames)
+    labels = (train_labels, test_labels)
+
+    def judged(subject: VideoEncoder) -> dict:
+        features = probe.features_of(subject, train), probe.features_of(subject, test)
+        return probe.judge(*features, labels, config.epochs, kinds)
+
+    scores = judged(encoder)
+    result = {"encoder": str(path), **scores["attentive"], "frames": {"train": len(train), "test": len(test)}}
+    result["seeds"] = {"train": config.seed, "test": config.seed + 4000}
+    result["ridge"] = scores.get("ridge")
+    if config.baselines:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            other = VideoEncoder(encoder.config)
+        result["random_init"] = _flat(judged(other))
+        patches = [probe.pixels_of(encoder.config, pixels) for pixels in (train, test)]
+        pixels = probe.judge(*patches, labels, config.epochs, ("attentive",))
+        if config.ridge:
+            pixels |= probe.judge(probe.coarse(train), probe.coarse(test), labels, config.epochs, ("ridge",))
+        result["pixels"] = _flat(pixels)
+    return result
+
+
+def _flat(scores: dict) -> dict:
+    return {**scores["attentive"], "ridge": scores.get("ridge")}
+
+
+def report(result: dict) -> str:
+    """The errors as a table."""
+    rows = [("features", "probe", "gripper x y z (mm)", "object x y z (mm)", "yaw (deg)")]
+    for name, scores in (("encoder", result), ("random init", result.get("random_init")), ("pixels", result.get("pixels"))):
+        for kind, row in (("attentive", scores), ("ridge", scores and scores.get("ridge"))):
+            if row:
+                places = [" ".join(f"{v:5.1f}" for v in row[key]) for key in ("gripper_rmse_mm", "object_rmse_mm")]
+                yaw = row["object_yaw_rmse_deg"]
+                rows.append((name, kind, *places, "-" if yaw is None else f"{yaw:.1f}"))
+    table = "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in rows)
+    return f"{table}\n{result['frames']['train']} training and {result['frames']['test']} test frames of {result['encoder']}"

@@ -1,0 +1,92 @@
+"""Train the action-conditioned predictor on a frozen encoder's features.
+
+The features of all frames are computed once and kept in --cache. Writes RUN/model.safetensors (encoder and predictor
+in one file, what --model takes) at the end, and on the way checkpoints, metrics.jsonl and TensorBoard curves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train on, how long, and where to; every other field is part of the recipe."""
+
+    data: tuple[Path, ...]
+    """folders that `worldmodel collect` made"""
+    encoder: Path
+    """encoder.safetensors of a pretraining"""
+    out: Path
+    """folder of the run"""
+    cache: Path | None = None
+    """folder for features (about 25 kB per frame) (default: features/ in the first data folder)"""
+    minutes: float | None = None
+    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays (default: to the end)"""
+    resume: bool = False
+    """go on with the run in --out"""
+    threads: int = 2
+    """processor threads; the number is part of what makes two runs bit-equal"""
+    embed_dim: int = 192
+    """width of the predictor"""
+    depth: int = 4
+    """blocks of the predictor"""
+    num_heads: int = 3
+    """attention heads of the predictor"""
+    latent_dim: int = 8
+    """numbers in z"""
+    window: int = 3
+    """frames that the predictor sees"""
+    transitions: int = 4
+    """actions in a training clip"""
+    rollout: int = 2
+    """steps of imagination in the loss; 1 is teacher forcing alone"""
+    batch: int = 32
+    """clips per step"""
+    steps: int = 4000
+    """length of the schedule"""
+    rate: float = 6e-4
+    """highest learning rate"""
+    seed: int = 0
+    """seed of weights, clips and z"""
+
+    def __post_init__(self):
+        for name in ("threads", "embed_dim", "depth", "num_heads", "latent_dim", "window", "transitions", "rollout", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}, expected more than 0")
+
+
+def run(config: Config) -> dict:
+    """Train, and return where the model is and its open-loop error beside that of copying the last frame."""
+    import torch
+
+    from worldmodel.checkpoint import load_tensors
+    from worldmodel.data import Dataset
+    from worldmodel.pretrain import load_encoder
+    from worldmodel.train import TrainConfig, train
+
+    torch.set_num_threads(config.threads)
+    names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Config)}
+    recipe = TrainConfig(**{name: getattr(config, name) for name in names})
+    encoder, cache = load_encoder(config.encoder), config.cache or config.data[0] / "features"
+    path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    if path is None:
+        return {"finished": False, "run": str(config.out)}
+    _, _, about = load_tensors(path, "model")
+    return {"finished": True, "model": str(path), "minutes": about["minutes"], **about["held_out"]}
+
+
+def report(result: dict) -> str:
+    """The result as a table: L1 of features by horizon."""
+    if not result["finished"]:
+        return f"{result['run']}: stopped before the end of the schedule; the same command with --resume goes on"
+    lines = [f"{result['model']}: {result['minutes']} minutes", "horizon  open loop  copying the last frame"]
+    for key, value in result.items():
+        if key.startswith("open_loop/"):
+            h = key.split("/")[1]
+            lines.append(f"{h:>7}  {value:9.4f}  {result[f'copy/{h}']:22.4f}")
+    return "\n".join(lines)

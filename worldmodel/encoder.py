@@ -1,0 +1,235 @@
+"""The video encoder: tubelet patches into a vision transformer with 3-D rotary positions.
+
+Module names and layout follow V-JEPA 2 (arXiv 2506.09985, section 2.1 and appendix), so that weights of that family
+fit. There is no absolute position anywhere: attention sees where tokens are relative to each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin: float32 [B or 1, 1, L, head_dim]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of a VideoEncoder."""
+
+    image_size: int = 96  # pixels, height and width of one view
+    views: int = 1  # cameras side by side: the image is image_size x (views * image_size)
+    patch_size: int = 12  # pixels
+    tubelet_size: int = 2  # frames in one token; a single frame is repeated to fill it
+    embed_dim: int = 192
+    depth: int = 6
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    rope_base: float = 100.0  # V-JEPA 2: 10000; 100 suits grids of some ten patches
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) < 6:
+            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of at least 6")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns) of one frame."""
+        rows = self.image_size // self.patch_size
+        return rows, rows * self.views
+
+    @property
+    def patches(self) -> int:
+        """P, patches of one frame."""
+        return self.grid[0] * self.grid[1]
+
+
+def positions(steps: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Position (t, row, column) of every token, time slowest: float32 [steps * rows * columns, 3]."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (steps, *grid)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+
+def rotation(where: Tensor, head_dim: int, base: float) -> Rotation:
+    """Rotary angles of positions [..., L, 3]: a third of the head for each of t, row, column; what is left stays.
+
+    RoFormer (arXiv 2104.09864) on each axis, as in V-JEPA 2.
+    """
+    part = 2 * (head_dim // 3 // 2)
+    speed = base ** -(torch.arange(part // 2, dtype=torch.float32, device=where.device) / (part // 2))
+    angle = (where[..., None] * speed).repeat_interleave(2, -1).flatten(-2)  # [..., L, 3 * part]
+    angle = F.pad(angle, (0, head_dim - 3 * part))
+    return angle.cos().unsqueeze(-3), angle.sin().unsqueeze(-3)
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Rotate pairs of neighbouring entries of x [B, heads, L, head_dim]."""
+    cos, sin = by
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, dim] -> rotated q and k, and v: each [B, heads, L, head_dim]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q, by), rotate(k, by), v
+
+    def forward(self, x: Tensor, by: Rotation, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, dim]; mask [L, L] bool, True where a row may look at a column."""
+        q, k, v = self.heads(x, by)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> [..., dim]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, x: Tensor, by: Rotation) -> Tensor:
+        """x [B, L, dim] -> [B, L, dim]."""
+        x = x + self.attn(self.norm1(x), by)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of tubelets, held as the 3-D convolution that V-JEPA 2 names `patch_embed.proj`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.embed_dim, kernel_size=size, stride=size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches [B, L, 3 * tubelet * patch * patch] -> [B, L, embed_dim]; the convolution as one matrix product."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patchify(clips: Tensor, config: EncoderConfig) -> Tensor:
+    """Tubelets of clips uint8 [B, T, h, w, 3], T a multiple of the tubelet or 1: uint8 [B, L, 3 * tubelet * patch^2].
+
+    A single frame is repeated to fill its tubelet. They stay uint8 until `scaled`, after the visible ones are taken.
+    """
+    rows, columns = config.grid
+    size, tube = config.patch_size, config.tubelet_size
+    if clips.dim() != 5 or clips.shape[2:] != (rows * size, columns * size, 3):
+        raise ValueError(
+            f"expected clips [B, T, {rows * size}, {columns * size}, 3], got {list(clips.shape)}; "
+            "collect and encode at the same --image-size and cameras"
+        )
+    if clips.dtype != torch.uint8:
+        raise ValueError(f"expected pixels of dtype uint8 in 0..255, got {clips.dtype}")
+    if clips.shape[1] == 1:
+        clips = clips.expand(-1, tube, -1, -1, -1)
+    if clips.shape[1] % tube:
+        raise ValueError(f"expected 1 frame or a multiple of tubelet_size {tube}, got {clips.shape[1]} frames")
+    steps = clips.shape[1] // tube
+    x = clips.reshape(-1, steps, tube, rows, size, columns, size, 3).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(len(clips), steps * rows * columns, -1)
+
+
+def scaled(patches: Tensor) -> Tensor:
+    """Pixels 0..255 as float32 (x / 255 - 0.5) / 0.25, the only normalisation there is."""
+    return patches.float().mul_(4 / 255).sub_(2)
+
+
+class VideoEncoder(nn.Module):
+    """Clips to features of their tubelets."""
+
+    def __init__(self, config: EncoderConfig = EncoderConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        initialise(self)
+
+    def forward(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Features of the visible tubelets.
+
+        patches uint8 [B, L, C] from `patchify`; visible [B, V] indices into L (all without). -> [B, V, embed_dim]
+        """
+        head_dim = self.config.embed_dim // self.config.num_heads
+        where = positions(patches.shape[1] // self.config.patches, self.config.grid, patches.device)
+        if visible is None:
+            where = where[None]
+        else:
+            patches, where = take(patches, visible), where[visible]
+        by = rotation(where, head_dim, self.config.rope_base)
+        x = self.patch_embed(scaled(patches))
+        for block in self.blocks:
+            x = block(x, by)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, batch: int = 256) -> Tensor:
+        """Layer-normed features of single frames: uint8 [..., h, w, 3] -> float32 [..., P, D]; runs as frozen."""
+        if pixels.dim() < 3:
+            raise ValueError(f"expected pixels [..., h, w, 3], got {list(pixels.shape)}")
+        frames = pixels.reshape(-1, 1, *pixels.shape[-3:])
+        out = []
+        for part in frames.split(batch):
+            with autocast(part.device):
+                x = self(patchify(part, self.config))
+            out.append(F.layer_norm(x.float(), x.shape[-1:]))
+        return torch.cat(out).reshape(*pixels.shape[:-3], self.config.patches, -1)
+
+    def metadata(self) -> dict:
+        """The config as plain values, for checkpoints."""
+        return asdict(self.config)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [B, L, C] at index [B, n]: [B, n, C]."""
+    flat = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal of deviation 0.02, zero biases; output maps of block i shrunk by sqrt(2 (i + 1)) (V-JEPA)."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+    for i, block in enumerate(getattr(module, "blocks", [])):
+        with torch.no_grad():
+            block.attn.proj.weight.div_((2 * (i + 1)) ** 0.5)
+            block.mlp.fc2.weight.div_((2 * (i + 1)) ** 0.5)
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """bfloat16 autocast where the processor computes it natively, else none."""
+    kind = torch.device(device).type
+    native = torch.cpu._is_avx512_bf16_supported() if kind == "cpu" else torch.cuda.is_bf16_supported()
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=native)

@@ -1,0 +1,145 @@
+"""The world model that planners use: a frozen encoder and the predictor trained on its features."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.encoder import EncoderConfig, VideoEncoder, autocast
+from worldmodel.interface import Context, Features, Obs, to_tensor
+from worldmodel.predictor import Predictor, PredictorConfig, expand
+
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
+
+
+class LatentModel(nn.Module):
+    """Frozen encoder and action-conditioned predictor, behind `worldmodel.interface.WorldModel`.
+
+    `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out
+    data, which thresholds are relative to.
+    """
+
+    def __init__(self, encoder: VideoEncoder, predictor: Predictor, about: dict | None = None) -> None:
+        super().__init__()
+        if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
+            raise ValueError(
+                f"the predictor is for features {predictor.config.grid} x {predictor.config.feature_dim}, the encoder "
+                f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
+            )
+        self.encoder, self.predictor, self.about = encoder, predictor, about or {}
+        self.requires_grad_(False).eval()
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.predictor.config.action_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Z."""
+        return self.predictor.config.latent_dim
+
+    @property
+    def max_context(self) -> int:
+        """The most context frames that `rollout` uses."""
+        return self.predictor.config.window
+
+    @torch.no_grad()
+    def encode(self, obs: Obs) -> Features:
+        """Patch features of obs["pixels"], and obs["proprio"] where it is there; no other key is read."""
+        proprio = obs.get("proprio")
+        if proprio is not None:
+            proprio = to_tensor(proprio, torch.float32)
+            if not torch.isfinite(proprio).all():
+                raise ValueError("proprio of the observation holds NaN or infinity; expected finite metres and radians")
+        return Features(self.encoder.encode(to_tensor(np.asarray(obs["pixels"]))), proprio)
+
+    def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """Standard noise [*shape, Z] that `rollout` maps through the prior; zeros, its mean, without a generator."""
+        if generator is None:
+            return torch.zeros(*shape, self.latent_dim)
+        return torch.randn(*shape, self.latent_dim, generator=generator)
+
+    @torch.no_grad()
+    def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
+        """Imagine what follows.
+
+        context of B problems and T frames, actions [B, N, H, A], z noise [B, N, K, H, Z] -> patches
+        [B, N, K, H, P, D] and proprio [B, N, K, H, S]. Raises ValueError for shapes that do not fit, or a context
+        without proprioception.
+        """
+        self._check(context, actions, z)
+        (b, n, horizon), k = actions.shape[:3], z.shape[2]
+        with autocast(actions.device):
+            cache, start = self._remember(context)
+            now = Features(context.features.patches[:, -1:], context.features.proprio[:, -1:])
+            now = Features(*(x.repeat_interleave(n * k, 0) for x in now))  # [B * N * K, 1, ...]
+            cache = expand(cache, n * k) if cache else None
+            moves = actions[:, :, None].expand(-1, -1, k, -1, -1).reshape(b * n * k, horizon, -1)
+            noise = z.reshape(b * n * k, horizon, -1)
+            frames = []
+            for h in range(horizon):
+                action = moves[:, h : h + 1]
+                value = self.predictor.prior_of(now, action).sample(noise[:, h : h + 1])
+                now, cache = self.predictor(now, action, value, cache, start + h)
+                frames.append(now)
+        patches = torch.cat([f.patches for f in frames], 1).unflatten(0, (b, n, k))
+        return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
+
+    def _remember(self, context: Context) -> tuple[list | None, int]:
+        """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
+        patches, proprio = context.features.patches, context.features.proprio
+        first = max(0, patches.shape[1] - self.max_context)
+        if patches.shape[1] - first == 1:
+            return None, 0
+        past = Features(patches[:, first:-1], proprio[:, first:-1])
+        actions = context.actions[:, first:]
+        z = self.predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
+        _, cache = self.predictor(past, actions, z)
+        return cache, patches.shape[1] - 1 - first
+
+    def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
+        config, features = self.predictor.config, context.features
+        if features.proprio is None:
+            raise ValueError("the context has no proprioception, which this model was trained with; give obs['proprio']")
+        b, t = features.patches.shape[:2]
+        for name, tensor, want in (
+            ("context patches", features.patches, (b, t, self.predictor.patches, config.feature_dim)),
+            ("context proprio", features.proprio, (b, t, config.proprio_dim)),
+            ("context actions", context.actions, (b, t - 1, config.action_dim)),
+            ("actions", actions, (b, *actions.shape[1:3], config.action_dim)),
+            ("z", z, (b, actions.shape[1], z.shape[2] if z.dim() > 2 else 1, actions.shape[2], config.latent_dim)),
+        ):
+            if tuple(tensor.shape) != want:
+                raise ValueError(f"expected {name} of shape {list(want)}, got {list(tensor.shape)}")
+
+    def save(self, path: str | Path) -> None:
+        """Write encoder and predictor as one safetensors file, with their configs and `about`."""
+        config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config)}
+        save_tensors(path, "model", self.state_dict(), config, self.about)
+
+
+def load(path: str | Path | None = None) -> LatentModel:
+    """A model from a file, or the shipped one.
+
+    Raises FileNotFoundError or ValueError for a file that is missing, damaged, or of another kind or architecture.
+    """
+    path = shipped() if path is None else Path(path)
+    tensors, config, about = load_tensors(path, "model")
+    try:
+        encoder, predictor = EncoderConfig(**config["encoder"]), PredictorConfig(**config["predictor"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is of another architecture: {error}") from error
+    model = LatentModel(VideoEncoder(encoder), Predictor(predictor), about)
+    fill(model, tensors, path)
+    return model
+
+
+def shipped() -> Path:
+    """The weights that come with the project."""
+    return SHIPPED / "model.safetensors"

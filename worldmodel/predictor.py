@@ -1,0 +1,166 @@
+"""The action-conditioned predictor: h', s' = f(h, s, a, z), block-causal over time.
+
+Each frame is P patch tokens and one proprioception token. A frame looks at itself and at the frames before it
+(V-JEPA 2-AC, arXiv 2506.09985, section 3.1); action and z modulate every layer (AdaLN, DiT, arXiv 2212.09748, which
+JEPA-WMs, arXiv 2512.24497, found best for this); positions are rotary. The next features are the present ones plus a
+learned change, layer-normed, so that standing still costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.encoder import Attention, Mlp, Rotation, initialise, positions, rotation
+from worldmodel.interface import Features
+from worldmodel.latent import Gaussian, LatentHead
+
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of past frames, per block: [B, heads, L, head_dim]
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Sizes of a Predictor."""
+
+    feature_dim: int = 192
+    grid: tuple[int, int] = (8, 8)  # patch rows and columns
+    proprio_dim: int = 7
+    action_dim: int = 4
+    latent_dim: int = 8
+    embed_dim: int = 192
+    depth: int = 4
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    window: int = 3  # frames that a frame sees, itself included
+    rope_base: float = 100.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
+        if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
+            raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
+
+
+class ModulatedBlock(nn.Module):
+    """Pre-norm transformer block whose norms and residuals are scaled and shifted per frame."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.modulate = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, by: Rotation, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [B, T, L, dim], condition [B, T, 1, dim] -> the same shape, and keys and values of past and x."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition)).chunk(6, -1)
+        y = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.attn.heads(y.flatten(1, 2), by)  # [B, heads, T * L, head_dim]
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + (1 + gate1) * self.attn.proj(y).unflatten(1, x.shape[1:3])
+        y = self.norm2(x) * (1 + scale2) + shift2
+        return x + (1 + gate2) * self.mlp(y), (k, v)
+
+
+class Predictor(nn.Module):
+    """One step of imagination, for all frames of a window at once or frame by frame with a cache."""
+
+    def __init__(self, config: PredictorConfig = PredictorConfig()) -> None:
+        super().__init__()
+        self.config = config
+        dim, rows_columns = config.embed_dim, config.grid[0] * config.grid[1]
+        self.patches = rows_columns
+        self.embed = nn.Linear(config.feature_dim, dim)
+        self.place = nn.Parameter(torch.zeros(rows_columns, dim))  # where a patch is: the camera does not move
+        self.proprio_embed = nn.Linear(config.proprio_dim, dim)
+        condition = config.action_dim + config.proprio_dim
+        self.condition = nn.Sequential(nn.Linear(condition + config.latent_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.to_features = nn.Linear(dim, config.feature_dim)
+        self.to_proprio = nn.Linear(dim, config.proprio_dim)
+        initialise(self)
+        nn.init.trunc_normal_(self.place, std=0.02)
+        for head in (self.to_features, self.to_proprio, *(block.modulate for block in self.blocks)):
+            nn.init.zeros_(head.weight)
+        self.prior = LatentHead(config.feature_dim, rows_columns, 1, condition, config.latent_dim)
+        self.posterior = LatentHead(config.feature_dim, rows_columns, 2, condition, config.latent_dim)
+        # Proprioception is normalised inside, by the mean and deviation of the training data.
+        self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(config.proprio_dim))
+
+    def normalise(self, proprio: Tensor) -> Tensor:
+        """Proprioception [..., S] in units of the training data's deviation."""
+        return (proprio - self.proprio_mean) / self.proprio_std
+
+    def prior_of(self, now: Features, actions: Tensor) -> Gaussian:
+        """p(z | h, s, a) for features [..., P, D], actions [..., A]."""
+        return self.prior((now.patches,), torch.cat((self.normalise(now.proprio), actions), -1))
+
+    def posterior_of(self, now: Features, actions: Tensor, after: Tensor) -> Gaussian:
+        """q(z | h, s, a, h'): `after` is the next frame's patches [..., P, D]."""
+        condition = torch.cat((self.normalise(now.proprio), actions), -1)
+        return self.posterior((now.patches, after - now.patches), condition)
+
+    def forward(
+        self, now: Features, actions: Tensor, z: Tensor, cache: Cache | None = None, start: int = 0
+    ) -> tuple[Features, Cache]:
+        """The frames after `now`.
+
+        now: patches [B, T, P, D] and proprio [B, T, S], frames `start` .. `start + T - 1` of the sequence; actions
+        [B, T, A] taken there; z [B, T, Z]; cache of the frames before. Row t of the result is frame t + 1. A frame
+        sees `window` frames; the returned cache is cut to what the next one may see.
+        """
+        batch, steps = actions.shape[:2]
+        proprio = self.normalise(now.proprio)
+        condition = self.condition(torch.cat((actions, proprio, z), -1))[:, :, None]  # [B, T, 1, dim]
+        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(now.patches) + self.place), 2)
+        tokens = self.patches + 1
+        before = cache[0][0].shape[2] // tokens if cache else 0
+        by = self._rotation(start, steps, x.device)
+        mask = self._mask(before, steps, x.device)
+        kept, keep = [], (self.config.window - 1) * tokens
+        for i, block in enumerate(self.blocks):
+            x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
+            kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
+        x = self.norm(x)
+        change = self.to_features(x[:, :, 1:])
+        patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
+        moved = proprio + self.to_proprio(x[:, :, 0])
+        return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
+
+    def _rotation(self, start: int, steps: int, device: torch.device) -> Rotation:
+        """Rotary positions of all tokens; the proprioception token has a time but no place."""
+        where = positions(steps, self.config.grid, device).unflatten(0, (steps, -1))  # [T, P, 3]
+        own = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
+        where = torch.cat((own, where), 1).flatten(0, 1)
+        where[:, 0] += start
+        return rotation(where[None], self.config.embed_dim // self.config.num_heads, self.config.rope_base)
+
+    def _mask(self, before: int, steps: int, device: torch.device) -> Tensor | None:
+        """[T * L, (before + T) * L]: a frame sees itself and window - 1 frames before; None where it sees all."""
+        if steps == 1:
+            return None if before < self.config.window else _refuse(before, self.config.window)
+        row = torch.arange(before, before + steps, device=device)[:, None]
+        column = torch.arange(before + steps, device=device)[None]
+        seen = (column <= row) & (column > row - self.config.window)
+        tokens = self.patches + 1
+        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+def _refuse(before: int, window: int) -> None:
+    raise ValueError(f"the cache holds {before} frames, expected fewer than the window of {window}")
+
+
+def expand(cache: Cache, times: int) -> Cache:
+    """The cache of B problems repeated for `times` candidates each: batch B * times, candidates fastest."""
+    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]

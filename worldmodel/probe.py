@@ -1,0 +1,140 @@
+"""What frozen features know: probes from single frames to gripper and object position and object yaw.
+
+The attentive probe is V-JEPA's (arXiv 2404.08471, section 4): one learned query cross-attends over the patches, then
+an MLP and a linear head. With one query, its keys fold into a score vector per head. The features carry no absolute
+position, so patches get a learned one, the same for every encoder. The ridge probe is linear in all patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, scaled
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What to read out of M frames; metres and radians."""
+
+    gripper: np.ndarray  # float [M, 3]
+    object: np.ndarray  # float [M, 3]
+    yaw: np.ndarray  # float [M]
+    symmetry: np.ndarray  # int [M]: turns of 1 / symmetry look the same; 0: all turns do, yaw is not judged
+
+    def targets(self) -> Tensor:
+        """float32 [M, 8]: gripper, object, cosine and sine of symmetry * yaw."""
+        turn = self.symmetry * self.yaw
+        return torch.from_numpy(np.column_stack((self.gripper, self.object, np.cos(turn), np.sin(turn)))).float()
+
+    def errors(self, guess: np.ndarray) -> dict:
+        """Root mean squared errors of guess [M, 8]: millimetres per axis, and degrees modulo the symmetry."""
+        rmse = lambda a, b: [round(float(v), 2) for v in 1e3 * np.sqrt(np.mean((a - b) ** 2, 0))]  # noqa: E731
+        turns = self.symmetry > 0
+        fold = np.maximum(self.symmetry, 1)[turns]
+        off = np.arctan2(guess[turns, 7], guess[turns, 6]) - fold * self.yaw[turns]
+        off = np.degrees((off + np.pi) % (2 * np.pi) - np.pi) / fold
+        return {
+            "gripper_rmse_mm": rmse(guess[:, :3], self.gripper),
+            "object_rmse_mm": rmse(guess[:, 3:6], self.object),
+            "object_yaw_rmse_deg": round(float(np.sqrt(np.mean(off**2))), 2) if turns.any() else None,
+        }
+
+
+class AttentiveProbe(nn.Module):
+    """One learned query over P patches of D features, to `out` numbers."""
+
+    def __init__(self, patches: int, features: int, out: int, heads: int = 12) -> None:
+        super().__init__()
+        self.heads, width = heads, 16 * heads
+        self.norm = nn.LayerNorm(features)
+        self.place = nn.Parameter(0.02 * torch.randn(patches, features))
+        self.score = nn.Linear(features, heads)
+        self.value = nn.Parameter(torch.randn(heads, features, 16) * features**-0.5)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B, P, D] -> [B, out]."""
+        x = self.norm(features) + self.place
+        weight = self.score(x).softmax(1)  # [B, P, heads]
+        pooled = torch.einsum("bph,bpd->hbd", weight, x)
+        y = torch.bmm(pooled, self.value).transpose(0, 1).flatten(1)
+        return self.head(y + self.mlp(y))
+
+
+def attentive(train: Tensor, targets: Tensor, test: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> np.ndarray:
+    """Train on features float16 [M, P, D] and targets [M, 8], predict for `test`; weight [M, 8] masks targets."""
+    mean, std = targets.mean(0), targets.std(0).clamp_min(1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = AttentiveProbe(train.shape[1], train.shape[2], targets.shape[1])
+    steps, batch = epochs * (len(train) // 256), 256
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng(seed)
+    for _ in tqdm(range(steps), desc="attentive probe", unit="step", delay=2):
+        index = torch.from_numpy(rng.integers(len(train), size=batch))
+        error = (probe(train[index].float()) - (targets[index] - mean) / std).square()
+        optimizer.zero_grad(set_to_none=True)
+        (error * weight[index]).mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return torch.cat([probe(part.float()) for part in test.split(512)]).mul(std).add(mean).double().numpy()
+
+
+def ridge(train: Tensor, targets: Tensor, test: Tensor) -> np.ndarray:
+    """Linear regression from all patches [M, P * D]; the strength is chosen on the last tenth of the frames."""
+    x, mean = train.flatten(1), targets.mean(0)
+    centre = x[:: max(1, len(x) // 2000)].float().mean(0)
+    fit, check = slice(0, int(0.9 * len(x))), slice(int(0.9 * len(x)), None)
+    gram, moment = 0.0, 0.0
+    for part, y in zip(x[fit].split(2048), (targets[fit] - mean).split(2048)):
+        part = part.float() - centre
+        gram, moment = gram + part.T @ part, moment + part.T @ y
+    best, solution = np.inf, None
+    scale = gram.diagonal().mean()
+    for strength in (0.01, 0.1, 1.0, 10.0):
+        weights = torch.linalg.solve(gram + strength * scale * torch.eye(len(gram)), moment)
+        left = float((((x[check].float() - centre) @ weights + mean - targets[check]) / targets.std(0).clamp_min(1e-6)).square().mean())
+        if left < best:
+            best, solution = left, weights
+    return torch.cat([(p.float() - centre) @ solution + mean for p in test.flatten(1).split(2048)]).double().numpy()
+
+
+def features_of(encoder: VideoEncoder, pixels: np.ndarray) -> Tensor:
+    """Features float16 [M, P, D] of frames uint8 [M, h, w, 3]."""
+    parts = np.array_split(pixels, max(1, len(pixels) // 512))
+    return torch.cat([encoder.encode(torch.from_numpy(p)).half() for p in tqdm(parts, desc="encode", delay=2)])
+
+
+def pixels_of(config: EncoderConfig, pixels: np.ndarray) -> Tensor:
+    """The patches' own pixels float16 [M, P, 3 * patch^2], for comparison."""
+    single = EncoderConfig(config.image_size, config.views, config.patch_size, tubelet_size=1)
+    parts = np.array_split(pixels, max(1, len(pixels) // 512))
+    return torch.cat([scaled(patchify(torch.from_numpy(p)[:, None], single)).half() for p in parts])
+
+
+def coarse(pixels: np.ndarray) -> Tensor:
+    """Frames at half the resolution, float16 [M, 1, (h / 2) * (w / 2) * 3]: what a ridge probe on pixels can carry."""
+    small = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return torch.cat([F.avg_pool2d(p.float() / 64 - 2, 2).half() for p in small.split(512)]).flatten(1)[:, None]
+
+
+def judge(train: Tensor, test: Tensor, labels: tuple[Labels, Labels], epochs: int, kinds: tuple[str, ...]) -> dict:
+    """Errors of the probes named by `kinds`, trained on the first and tested on the second."""
+    targets = labels[0].targets()
+    weight = torch.ones_like(targets)
+    weight[:, 6:] = torch.from_numpy(labels[0].symmetry > 0)[:, None].float()
+    out = {}
+    if "attentive" in kinds:
+        out["attentive"] = labels[1].errors(attentive(train, targets, test, weight, epochs))
+    if "ridge" in kinds:
+        out["ridge"] = labels[1].errors(ridge(train, targets, test))
+    return out

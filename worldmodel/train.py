@@ -1,0 +1,189 @@
+"""Training of the action-conditioned predictor on a frozen encoder's features.
+
+The features of every frame are computed once and kept on disk. The loss is L1 (V-JEPA 2-AC, arXiv 2506.09985,
+section 3.1): teacher forcing over the clip, plus the same after imagining for more steps from imagined frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from worldmodel.checkpoint import seeded
+from worldmodel.data import Dataset, Frames
+from worldmodel.encoder import VideoEncoder, autocast
+from worldmodel.interface import Features
+from worldmodel.latent import information_loss
+from worldmodel.model import LatentModel
+from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.training import Run, optimizer_for, set_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training recipe; its fields, the encoder and the data decide the weights."""
+
+    embed_dim: int = 192
+    depth: int = 4
+    num_heads: int = 3
+    latent_dim: int = 8
+    window: int = 3
+    transitions: int = 4  # per clip
+    rollout: int = 2  # steps of imagination from imagined frames that the loss covers, 1 = teacher forcing alone
+    rollout_weight: float = 1.0
+    proprio_weight: float = 0.1
+    free_nats: float = 0.5  # information of z per transition that costs nothing
+    information_weight: float = 1e-3
+    prior_share: float = 0.25  # of the clips take z from the prior, so that the predictor knows its samples
+    batch: int = 32  # clips per step
+    steps: int = 4000
+    rate: float = 6e-4
+    weight_decay: float = 0.04
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("transitions", "rollout", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.rollout > self.transitions:
+            raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
+
+
+def identify(encoder: VideoEncoder) -> str:
+    """Hash of an encoder's config and weights."""
+    digest = hashlib.sha256(repr(encoder.config).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def cached_features(encoder: VideoEncoder, data: Dataset, folder: Path, batch: int = 512) -> np.ndarray:
+    """Features float16 [F, P, D] of all frames, memory-mapped from `folder`, where the first call puts them."""
+    path = folder / f"features-{identify(encoder)}-{data.fingerprint}.npy"
+    shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
+            pixels = data.load(keys=("pixels",)).pixels
+            for i in tqdm(range(0, len(pixels), batch), desc="encode", unit="batch"):
+                out[i : i + batch] = encoder.encode(torch.from_numpy(pixels[i : i + batch])).half().numpy()
+            out.flush()
+            del out
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def prediction_losses(
+    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, from_prior: Tensor, config: TrainConfig
+) -> dict[str, Tensor]:
+    """Losses on clips: patches [B, T + 1, P, D], proprio [B, T + 1, S], actions [B, T, A], noise [B, T, Z].
+
+    Round 1 predicts frame t + 1 from the true frame t. Round r feeds back what round r - 1 imagined, so its
+    prediction of frame t + 1 starts from the true frame t + 1 - r; the first r - 1 transitions, which cannot have
+    been imagined for so long, are left out. from_prior [B] bool: clips whose z is the prior's sample.
+    """
+    now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])  # frames 0 .. T - 1
+    after = Features(clip.patches[:, 1:], clip.proprio[:, 1:])  # frames 1 .. T
+    prior, posterior = predictor.prior_of(now, actions), predictor.posterior_of(now, actions, after.patches)
+    z = torch.where(from_prior[:, None, None], prior.sample(noise), posterior.sample(noise))
+    information, nats = information_loss(posterior, prior, config.free_nats)
+    out = {"information": information, "nats": nats}
+    seen, total = now, config.information_weight * information
+    for r in range(1, config.rollout + 1):
+        guess, _ = predictor(seen, actions, z)  # row t is frame t + 1
+        patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean()
+        proprio = (guess.proprio - after.proprio)[:, r - 1 :] / predictor.proprio_std
+        out[f"patches_{r}"], out[f"proprio_{r}"] = patches, proprio.abs().mean()
+        weight = 1.0 if r == 1 else config.rollout_weight / (config.rollout - 1)
+        total = total + weight * (patches + config.proprio_weight * out[f"proprio_{r}"])
+        seen = Features(
+            torch.cat((now.patches[:, :1], guess.patches[:, :-1]), 1),
+            torch.cat((now.proprio[:, :1], guess.proprio[:, :-1]), 1),
+        )
+    out["loss"] = total
+    return out
+
+
+def _clip(features: np.ndarray, frames: Frames, index: np.ndarray) -> tuple[Features, Tensor]:
+    """The clips at frames index [B, T + 1] and the actions [B, T, A] inside."""
+    patches = torch.from_numpy(features[index].astype(np.float32))
+    return Features(patches, torch.from_numpy(frames.proprio[index])), torch.from_numpy(frames.actions[index[:, :-1]])
+
+
+@torch.no_grad()
+def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: np.ndarray, horizon: int) -> dict[str, float]:
+    """Open-loop L1 per horizon against copying the first frame, with z at the prior's mean; clips [M, horizon + 1]."""
+    error, copy = np.zeros(horizon), np.zeros(horizon)
+    for part in np.array_split(clips, max(1, len(clips) // 32)):
+        clip, actions = _clip(features, frames, part)
+        now, cache = Features(clip.patches[:, :1], clip.proprio[:, :1]), None
+        for h in range(horizon):
+            action = actions[:, h : h + 1]
+            with autocast("cpu"):
+                now, cache = predictor(now, action, predictor.prior_of(now, action).mean, cache, h)
+            true = clip.patches[:, h + 1]
+            error[h] += float((now.patches[:, 0] - true).abs().mean()) * len(part) / len(clips)
+            copy[h] += float((clip.patches[:, 0] - true).abs().mean()) * len(part) / len(clips)
+    out = {f"open_loop/{h + 1}": error[h] for h in range(horizon)}
+    return out | {f"copy/{h + 1}": copy[h] for h in range(horizon)}
+
+
+def train(
+    config: TrainConfig, encoder: VideoEncoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
+    resume: bool = False,
+) -> Path | None:  # fmt: skip
+    """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""
+    parts = {name: part for name, part in zip(("train", "held"), data.split(0.03))}
+    frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
+    features = {name: cached_features(encoder, part, cache) for name, part in parts.items()}
+    first = frames["train"]
+    sizes = PredictorConfig(
+        feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=first.proprio.shape[1],
+        action_dim=first.actions.shape[1], latent_dim=config.latent_dim, embed_dim=config.embed_dim,
+        depth=config.depth, num_heads=config.num_heads, window=config.window,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        predictor = Predictor(sizes)
+    predictor.proprio_mean.copy_(torch.from_numpy(first.proprio.mean(0)))
+    predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
+    optimizer = optimizer_for(predictor, config.weight_decay)
+    recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
+    run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
+    clips = frames["held"].clip_index(256, 7, 1, np.random.default_rng(config.seed))
+    for step in run:
+        rng = np.random.default_rng([config.seed, step])
+        clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng))
+        noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step))
+        from_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share)
+        rate = set_rate(optimizer, config.rate, step, config.steps)
+        with autocast("cpu"):
+            losses = prediction_losses(predictor, clip, actions, noise, from_prior, config)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            run.log(rate=rate, norm=float(norm), **{k: float(v) for k, v in losses.items()})
+        if step % 500 == 499:
+            run.log(**evaluate(predictor, features["held"], frames["held"], clips, 6))
+    if not run.done:
+        return None
+    scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
+    about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
+    LatentModel(encoder, predictor, about).save(out / "model.safetensors")
+    return out / "model.safetensors"
