@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-import os
+import gymnasium as gym
 
-# mujoco reads MUJOCO_GL when it is imported; llvmpipe draws small pictures faster without threads of its own.
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")
-
-import gymnasium as gym  # noqa: E402
-
-from envs.base import EnvConfig, EnvState, PandaEnv  # noqa: E402
-from envs.tasks import TASKS  # noqa: E402
+import envs.gl  # noqa: F401  isort: skip; before anything that imports mujoco
+from envs.base import EnvConfig, EnvState, PandaEnv
+from envs.tasks import TASKS
 
 __all__ = ["TASKS", "EnvConfig", "EnvState", "PandaEnv", "make", "register"]
 _IDS = {"PandaReach-v0": "reach", "PandaGrasp-v0": "grasp", "PandaReachWithObject-v0": "reach-with-object",

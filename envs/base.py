@@ -18,7 +18,7 @@ from envs.randomize import LEVELS, Randomizer, Variation
 from envs.scene import CAMERAS, OBJECTS, Contacts, Scene
 from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 
-OBJECT_FORCE_LIMIT = 80.0  # N, on the object from any one body; a firm grip is 45
+OBJECT_FORCE_LIMIT = 100.0  # N, on the object from any one body; a firm grip is 50, fingers closing on a cup up to 95
 TABLE_FORCE_LIMIT = 60.0  # N
 DROP_HEIGHT = 0.05  # m
 JOINT_MARGIN = 0.01  # rad

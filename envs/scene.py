@@ -12,13 +12,14 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+from envs.gl import REMEDY
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CAMERAS = ("front", "side", "wrist")
 HOME = np.array([0.0, 0.1, 0.0, -2.4, 0.0, 2.5, np.pi / 4])  # hand straight down at about (0.50, 0, 0.17)
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _OTHER = range(6)  # kinds of geom
 _TOUCH = 0.0005  # m
-GL_HELP = "cannot draw: no GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Scene:
         try:
             renderer = mujoco.Renderer(self.model, self.image_size, self.image_size)
         except Exception as error:
-            raise RuntimeError(f"{GL_HELP} ({type(error).__name__})") from error
+            raise RuntimeError(f"{REMEDY} ({type(error).__name__})") from error
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[int(flag)] = 0
         return renderer
