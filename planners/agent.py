@@ -1,0 +1,242 @@
+"""From observations to actions: context window, imagination as a cost, warm start, sub-goals, replanning, gate.
+
+    agent = Agent(model, SamplingPlanner(), GoalEnergy)
+    obs, info = env.reset(seed=0)
+    agent.reset(info["goal"])
+    obs, *_ = env.step(agent.act(obs))
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Verdict
+from worldmodel.interface import Context, Energy, Features, Obs, WorldModel
+
+SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
+OTHER_STEPS = 8  # for each sub-goal of any other number of them
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """How an agent looks ahead and moves on. Raises ValueError for values that make no sense."""
+
+    horizon: int = 2  # imagined steps, H
+    replan: int = 1  # actions of a plan that are run before the next one is made
+    samples_z: int = 0  # sampled futures of each candidate, whose mean energy is its cost; 0: the one of the prior's mean
+    looks: int = 8  # sampled futures of the chosen plan, for `Decision.imagined`, its spread and the gate
+    chunk: int = 512  # futures imagined at once; bounds memory
+    subgoal_steps: tuple[int, ...] = ()  # steps until the next sub-goal's turn; (): 4, 10, 4 for three, else 8 each
+    switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
+
+    def __post_init__(self) -> None:
+        least = {"horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
+        if self.replan > self.horizon:
+            raise ValueError(f"replan is {self.replan} with horizon {self.horizon}: expected at most as many steps")
+        if min(self.subgoal_steps, default=1) < 1:
+            raise ValueError(f"subgoal_steps is {self.subgoal_steps}: expected at least 1 each")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an agent decided at a step, and what it expects."""
+
+    action: np.ndarray  # float32 [A], what it did
+    plan: Plan  # made at this step, or with `replan` up to replan - 1 steps ago
+    imagined: Features  # under the plan, for K sampled z: patches [K, H, P, D], proprio [K, H, S]
+    energies: Tensor  # [K] of these futures
+    energy: float  # their mean
+    spread: float  # standard deviation over z of the last imagined patches, meaned; 0 for a single future
+    observed: float  # energy of the observation itself to the sub-goal
+    subgoal: int  # index of the sub-goal it pursues
+    verdict: Verdict
+    seconds: float  # that this step's decision took
+
+
+def imagine(
+    model: WorldModel,
+    context: Context,
+    energy: Energy,
+    horizon: int,
+    generator: torch.Generator | None = None,
+    samples_z: int = 0,
+    chunk: int = 512,
+) -> Cost:
+    """The cost of plans of `horizon` steps: the mean energy of the futures that the model imagines.
+
+    The same z are used for all candidates, so that they differ by their actions alone; they are drawn now, `samples_z` for
+    each problem, or with 0 are the prior's mean. At most about `chunk` futures are held at once.
+    """
+    b = len(context.features.patches)
+    z = model.sample_z((b, 1, max(1, samples_z), horizon), generator if samples_z else None)
+
+    def cost(actions: Tensor) -> Tensor:
+        parts = actions.split(max(1, chunk // (b * z.shape[2])), 1)
+        return torch.cat([look_ahead(model, context, energy, part, z)[1].mean(2) for part in parts], 1)
+
+    return cost
+
+
+def look_ahead(model: WorldModel, context: Context, energy: Energy, actions: Tensor, z: Tensor) -> tuple[Features, Tensor]:
+    """Imagined features of actions [B, N, H, A] under z [B, 1, K, H, Z], and their energies [B, N, K]."""
+    patches = context.features.patches
+    actions = actions.to(patches)
+    imagined = model.rollout(context, actions, z.to(patches).expand(-1, actions.shape[1], -1, -1, -1))
+    return imagined, energy(imagined, actions)
+
+
+class Agent:
+    """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
+
+    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. With `fallback` [A] (zeros
+    without) it answers where the gate refuses.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: Planner,
+        energy: Callable[[Features], Energy],
+        config: AgentConfig = AgentConfig(),
+        gate: Gate = OpenGate(),
+        fallback: np.ndarray | None = None,
+    ) -> None:
+        self.model, self.planner, self.energy, self.config, self.gate = model, planner, energy, config, gate
+        self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
+        if self.fallback.shape != (model.action_dim,):
+            raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
+        self.last: Decision | None = None
+        self._energies: list[Energy] = []
+
+    def reset(self, goal: Obs | Sequence[Obs], seed: int = 0) -> None:
+        """Start an episode towards a goal, or through sub-goals of which the last is the goal.
+
+        A goal is {"pixels": uint8 [h, w, 3]}, and "proprio" float32 [S] where it is known. Raises ValueError for anything else.
+        """
+        goals = [goal] if hasattr(goal, "keys") else list(goal)
+        if not goals:
+            raise ValueError("expected a goal or a list of sub-goals, got an empty list; pass info['goal']")
+        self._shape = _checked(goals[0], "goal", None)["pixels"].shape
+        checked = [_checked(g, "goal", self._shape) for g in goals]
+        self._energies = [self.energy(_with_axes(self.model.encode(g), 1)) for g in checked]
+        self._budget = self._budgets(len(goals))
+        self._generator = torch.Generator().manual_seed(seed)
+        keep = self.model.max_context
+        self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
+        self._actions: deque[Tensor] = deque(maxlen=keep)
+        self._subgoal = self._since = self._age = 0
+        self.last = None
+
+    @torch.no_grad()
+    def act(self, obs: Obs) -> np.ndarray:
+        """The action float32 [A] for an observation {"pixels": uint8 [h, w, 3], "proprio": float32 [S]}.
+
+        `last` tells how it came about. Raises RuntimeError before `reset`, ValueError for an observation of another shape
+        than the goal or with NaN, and where nothing that the model imagines has a finite energy.
+        """
+        start = time.perf_counter()
+        if not self._energies:
+            raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
+        self._features.append(self.model.encode(_checked(obs, "observation", self._shape)))
+        context = self._context()
+        switched, observed = self._move_on(context)
+        if self.last is None or switched or self._age >= self.config.replan:
+            decision = self._decide(context, observed)
+        else:
+            decision = replace(self.last, observed=observed)
+        action = decision.plan.actions[0, self._age].numpy(force=True) if decision.verdict.go else self.fallback
+        action = np.clip(action, -1, 1).astype(np.float32)
+        self.last = replace(decision, action=action, seconds=time.perf_counter() - start)
+        self._actions.append(torch.from_numpy(action.copy()))
+        self._age += 1
+        self._since += 1
+        return action.copy()
+
+    def _budgets(self, count: int) -> tuple[int, ...]:
+        steps = self.config.subgoal_steps or SUBGOAL_STEPS.get(count, (OTHER_STEPS,) * count)
+        if count > 1 and len(steps) != count:
+            raise ValueError(f"subgoal_steps has {len(steps)} entries for {count} sub-goals; expected one for each")
+        return steps
+
+    def _context(self) -> Context:
+        patches = torch.stack([f.patches for f in self._features])[None]  # [1, T, P, D]
+        known = all(f.proprio is not None for f in self._features)
+        proprio = torch.stack([f.proprio for f in self._features])[None] if known else None
+        past = list(self._actions)[-(len(self._features) - 1) :] if len(self._features) > 1 else []
+        actions = torch.stack(past)[None] if past else torch.zeros(1, 0, self.model.action_dim)
+        return Context(Features(patches, proprio), actions.to(patches))
+
+    def _observed(self, context: Context) -> float:
+        """Energy of the last frame to the present sub-goal."""
+        now = context.features
+        proprio = None if now.proprio is None else now.proprio[:, None, None, -1:]
+        seen = Features(now.patches[:, None, None, -1:], proprio)  # [1, 1, 1, 1, P, D]
+        still = now.patches.new_zeros(1, 1, 1, self.model.action_dim)
+        return float(self._energies[self._subgoal](seen, still))
+
+    def _move_on(self, context: Context) -> tuple[bool, float]:
+        """Whether it is the next sub-goal's turn, by energy or by budget, and the energy to the one pursued now."""
+        observed, limit = self._observed(context), self.config.switch_energy
+        is_last = self._subgoal == len(self._energies) - 1
+        reached = limit is not None and observed < limit
+        if is_last or not (reached or self._since >= self._budget[self._subgoal]):
+            return False, observed
+        self._subgoal, self._since = self._subgoal + 1, 0
+        return True, self._observed(context)
+
+    def _decide(self, context: Context, observed: float) -> Decision:
+        """Make a new plan, imagine it under several z, and have the gate judge it."""
+        config, energy, generator = self.config, self._energies[self._subgoal], self._generator
+        cost = imagine(self.model, context, energy, config.horizon, generator, config.samples_z, config.chunk)
+        plan = self.planner.plan(cost, self._warm_start(), generator)
+        if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
+            raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
+        z = self.model.sample_z((1, 1, config.looks, config.horizon), generator if config.looks > 1 else None)
+        imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
+        futures = Features(*(None if x is None else x[0, 0] for x in imagined))
+        spread = float(futures.patches[:, -1].std(0, correction=0).mean())
+        verdict = self.gate.judge(futures, energies[0, 0])
+        self._age = 0
+        mean = float(energies.mean())
+        return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0)
+
+    def _warm_start(self) -> Tensor:
+        """What is left of the last plan, and zeros after it: [1, H, A]."""
+        start = torch.zeros(1, self.config.horizon, self.model.action_dim)
+        if self.last is not None:
+            left = self.last.plan.actions[:, self._age :]
+            start[:, : left.shape[1]] = left
+        return start
+
+
+def _with_axes(features: Features, axes: int) -> Features:
+    """Features with leading axes of size 1."""
+    return Features(*(None if x is None else x.reshape((1,) * axes + x.shape) for x in features))
+
+
+def _checked(obs: Obs, what: str, shape: tuple[int, ...] | None) -> dict[str, np.ndarray]:
+    """What a model may see of an observation; raises ValueError where that is not as expected."""
+    if not hasattr(obs, "keys") or "pixels" not in obs:
+        raise ValueError(f"expected a {what} with 'pixels' uint8 [h, w, 3], got {type(obs).__name__}; render it")
+    pixels = np.asarray(obs["pixels"])
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"expected pixels of the {what} as uint8 in 0..255, got {pixels.dtype}; convert them")
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.shape != (shape or pixels.shape):
+        wanted = "[h, w, 3]" if shape is None else f"{list(shape)} as of the first goal"
+        raise ValueError(f"expected pixels of the {what} of shape {wanted}, got {list(pixels.shape)}; render all at one size")
+    if obs.get("proprio") is None:
+        return {"pixels": pixels}
+    proprio = np.asarray(obs["proprio"], np.float32)
+    if proprio.ndim != 1 or not np.isfinite(proprio).all():
+        raise ValueError(f"expected proprio of the {what} as finite numbers [S], got {proprio}; leave it out if unknown")
+    return {"pixels": pixels, "proprio": proprio}

@@ -1,0 +1,66 @@
+"""What a planner sees, what it returns, and what a gate says about it.
+
+    B problems   N candidates   H horizon   K sampled z   A action dim, entries in [-1, 1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from worldmodel.interface import Features
+
+
+class Cost(Protocol):
+    """How bad candidate plans are; the only thing a planner sees. NaN counts as the worst."""
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        """actions [B, N, H, A] -> [B, N]; the value of a candidate does not depend on its neighbours."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The actions to run, and what they cost."""
+
+    actions: Tensor  # float32 [B, H, A], exactly what would run
+    cost: Tensor  # float32 [B], equals cost(actions[:, None])[:, 0]; infinite where that is NaN
+    elite_std: Tensor  # float32 [B, H, A], how far apart the last candidates were that the plan was refined from
+
+
+class Planner(Protocol):
+    """Searches actions of low cost."""
+
+    def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
+        """Improve on warm_start [B, H, A] (zeros where nothing is known); all randomness comes from the generator."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a plan may run."""
+
+    go: bool
+    score: float  # what was measured; lower is safer
+    limit: float  # the highest score that may run
+    why: str  # one sentence
+
+
+class Gate(Protocol):
+    """Judges the plan that a planner has chosen."""
+
+    def judge(self, imagined: Features, energies: Tensor) -> Verdict:
+        """Futures of one plan under K sampled z: patches [K, H, P, D], energies [K]."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpenGate:
+    """Lets every plan run."""
+
+    def judge(self, imagined: Features, energies: Tensor) -> Verdict:
+        """Always go."""
+        return Verdict(True, 0.0, float("inf"), "no gate")

@@ -1,0 +1,210 @@
+"""Sampling planners: one refinement loop; CEM, iCEM and MPPI differ in their noise and in their weights only.
+
+CEM: Rubinstein and Kroese, The Cross-Entropy Method (2004). iCEM: Pinneri et al., arXiv 2008.06389 (coloured noise, elites
+kept). MPPI: Williams et al., arXiv 1509.01149, with the spread refined as in TD-MPC2 (arXiv 2310.16828).
+
+A gripper's action is a choice rather than an amount: the mean of "open" and "close" is neither. Its dimensions are drawn from
+a categorical distribution over close (-1), hold (0) and open (+1), refined by cross-entropy like the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from planners.interface import Cost, Plan
+
+CHOICES = 3  # close, hold, open: -1, 0, +1
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a sampling planner searches. Raises ValueError for values that make no sense."""
+
+    method: Literal["cem", "icem", "mppi"] = "cem"
+    samples: int = 256  # candidates per iteration
+    iterations: int = 4
+    elites: int = 24  # best candidates that the next iteration is drawn around
+    std: float | tuple[float, ...] = 0.6  # of the first iteration's noise; one number, or one for each action dimension
+    min_std: float = 0.05  # the noise never gets smaller
+    momentum: float = 0.1  # share of the old mean, spread and choice in the new one
+    gripper: Literal["categorical", "gaussian"] = "categorical"
+    gripper_dims: tuple[int, ...] = (-1,)  # action dimensions that are a choice of -1, 0, +1
+    smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
+    colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white
+    keep: float = 0.3  # iCEM: share of the elites that stay candidates
+    temperature: float = 0.5  # MPPI: of the elites' weights, in standard deviations of their costs
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", ("cem", "icem", "mppi")), ("gripper", ("categorical", "gaussian"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        for name in ("samples", "iterations", "elites"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.elites > self.samples:
+            raise ValueError(f"elites is {self.elites} of {self.samples} samples: expected at most as many")
+        for name in ("momentum", "smoothing", "keep"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more, and less than 1")
+        stds = self.std if isinstance(self.std, tuple) else (self.std,)
+        if not stds or min(*stds, self.min_std, self.temperature, self.min_std) <= 0:
+            raise ValueError(f"std {self.std}, min_std {self.min_std}, temperature {self.temperature}: expected more than 0")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What candidates are drawn from, independently for each problem."""
+
+    mean: Tensor  # [B, H, A]
+    std: Tensor  # [B, H, A]
+    choice: Tensor  # [B, H, G, CHOICES] probabilities, for the G gripper dimensions
+
+
+@dataclass(frozen=True)
+class SamplingPlanner:
+    """The refinement loop. The result is never worse than the warm start, and was evaluated as it is."""
+
+    config: SamplingConfig = SamplingConfig()
+
+    @torch.no_grad()
+    def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
+        """Improve on warm_start [B, H, A].
+
+        Candidate 0 of the first iteration is the warm start, later the best so far. Raises ValueError for a warm start or
+        costs of another shape, or a warm start that is not finite.
+        """
+        config = self.config
+        nominal = _checked(warm_start, config).clamp(-1, 1)
+        proposal = _first(nominal, config)
+        kept, best, best_cost = nominal[:, None], nominal, nominal.new_full(nominal.shape[:1], torch.inf)
+        for _ in range(config.iterations):
+            fresh = _draw(proposal, config.samples - kept.shape[1], config, generator)
+            candidates = torch.cat([kept, fresh], 1)  # [B, N, H, A]
+            costs = _evaluate(cost, candidates)
+            elite_costs, index = costs.sort(dim=1, stable=True)
+            elite_costs, index = elite_costs[:, : config.elites], index[:, : config.elites]
+            elites = candidates.gather(1, index[:, :, None, None].expand(-1, -1, *nominal.shape[1:]))
+            better = elite_costs[:, 0] < best_cost
+            best = torch.where(better[:, None, None], elites[:, 0], best)
+            best_cost = torch.where(better, elite_costs[:, 0], best_cost)
+            proposal = _refined(proposal, elites, _weights(elite_costs, config), config)
+            kept = torch.cat([best[:, None], elites[:, 1 : _kept(config)]], 1)
+        actions, value = _cheapest(cost, (nominal, best, _centre(proposal, config)))
+        return Plan(actions, value, elites.std(1, correction=0))
+
+
+def _checked(warm_start: Tensor, config: SamplingConfig) -> Tensor:
+    if warm_start.dim() != 3:
+        raise ValueError(f"expected a warm start [B, H, A], got {list(warm_start.shape)}; give zeros of that shape")
+    if not torch.isfinite(warm_start).all():
+        raise ValueError("the warm start holds NaN or infinity; expected numbers in [-1, 1]")
+    dims = warm_start.shape[-1]
+    if isinstance(config.std, tuple) and len(config.std) != dims:
+        raise ValueError(f"std has {len(config.std)} entries, expected 1 or one for each of {dims} action dimensions")
+    if config.gripper == "categorical" and any(not -dims <= dim < dims for dim in config.gripper_dims):
+        raise ValueError(f"gripper_dims is {config.gripper_dims}, expected dimensions of an action of {dims}")
+    return warm_start.detach().float()
+
+
+def _choices(config: SamplingConfig) -> list[int]:
+    """Action dimensions that are a choice."""
+    return list(config.gripper_dims) if config.gripper == "categorical" else []
+
+
+def _kept(config: SamplingConfig) -> int:
+    """How many candidates stay from one iteration to the next; the best one always does."""
+    kept = round(config.keep * config.elites) if config.method == "icem" else 1
+    return max(1, min(kept, config.samples - 1))
+
+
+def _first(nominal: Tensor, config: SamplingConfig) -> Proposal:
+    std = torch.tensor(config.std, dtype=nominal.dtype, device=nominal.device).expand_as(nominal)
+    choice = nominal.new_full((*nominal.shape[:2], len(_choices(config)), CHOICES), 1 / CHOICES)
+    return Proposal(nominal, std, choice)
+
+
+def _draw(proposal: Proposal, count: int, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """Candidates [B, count, H, A] inside the bounds."""
+    b, horizon, dims = proposal.mean.shape
+    colour = config.colour if config.method == "icem" else 0.0
+    noise = _noise((b, count, dims, horizon), colour, generator).to(proposal.mean).transpose(2, 3)
+    actions = (proposal.mean[:, None] + proposal.std[:, None] * noise).clamp(-1, 1)
+    if chosen := _choices(config):
+        uniform = torch.rand((b, count, horizon, len(chosen), 1), generator=generator, device=generator.device)
+        below = proposal.choice.cumsum(-1)[:, None, ..., : CHOICES - 1]
+        actions[..., chosen] = (uniform.to(below) >= below).sum(-1).to(actions) - 1
+    return actions
+
+
+def _noise(shape: tuple[int, ...], colour: float, generator: torch.Generator) -> Tensor:
+    """Normal noise of unit variance whose spectrum over the last axis falls as frequency ** -colour.
+
+    Timmer and König, On generating power law noise (1995).
+    """
+    n = shape[-1]
+    if colour == 0 or n == 1:
+        return torch.randn(shape, generator=generator, device=generator.device)
+    frequency = torch.fft.rfftfreq(n).clamp_min(1 / n)
+    scale = frequency ** (-colour / 2)
+    power = 4 * scale.square()  # of x_t = 1/n sum over positive and negative frequencies
+    power[0] /= 4
+    if n % 2 == 0:
+        power[-1] /= 4
+    white = torch.randn((*shape[:-1], len(scale), 2), generator=generator, device=generator.device)
+    spectrum = torch.view_as_complex(white) * (scale * n / power.sum().sqrt()).to(white)
+    return torch.fft.irfft(spectrum, n)
+
+
+def _evaluate(cost: Cost, candidates: Tensor) -> Tensor:
+    """Costs [B, N], infinite where they are NaN."""
+    costs = cost(candidates)
+    if costs.shape != candidates.shape[:2]:
+        raise ValueError(f"the cost of candidates {list(candidates.shape)} is {list(costs.shape)}, expected [B, N]")
+    return torch.where(torch.isnan(costs), torch.inf, costs.to(candidates))
+
+
+def _weights(costs: Tensor, config: SamplingConfig) -> Tensor:
+    """Weights [B, E] of elites with ascending costs [B, E]: equal ones, or MPPI's; 0 for infinite costs."""
+    finite = torch.isfinite(costs)
+    weights = finite.to(costs)
+    if config.method == "mppi":
+        excess = torch.where(finite, costs - costs[:, :1], 0.0)
+        spread = (excess.square().sum(1) / weights.sum(1).clamp_min(1)).sqrt().clamp_min(1e-12)
+        weights = weights * torch.exp(-excess / (config.temperature * spread[:, None]))
+    return weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
+
+
+def _refined(old: Proposal, elites: Tensor, weights: Tensor, config: SamplingConfig) -> Proposal:
+    """The distribution that fits the weighted elites [B, E, H, A], smoothed; the old one where no elite has weight."""
+    some = (weights.sum(1) > 0)[:, None, None]
+    weights = weights[:, :, None, None]
+    mean = (weights * elites).sum(1)
+    std = (weights * (elites - mean[:, None]).square()).sum(1).sqrt().clamp_min(config.min_std)
+    taken = torch.nn.functional.one_hot(elites[..., _choices(config)].round().long() + 1, CHOICES)
+    choice = (weights[..., None] * taken).sum(1)
+    choice = (1 - config.smoothing) * choice + config.smoothing / CHOICES
+    blend = torch.where(some, 1 - config.momentum, 0.0)
+    return Proposal(
+        old.mean + blend * (mean - old.mean),
+        old.std + blend * (std - old.std),
+        old.choice + blend[..., None] * (choice - old.choice),
+    )
+
+
+def _centre(proposal: Proposal, config: SamplingConfig) -> Tensor:
+    """The middle of a proposal [B, H, A]: its mean, and the likeliest choices."""
+    centre = proposal.mean.clone()
+    if chosen := _choices(config):
+        centre[..., chosen] = proposal.choice.argmax(-1).to(centre) - 1
+    return centre.clamp(-1, 1)
+
+
+def _cheapest(cost: Cost, plans: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The plan [B, H, A] of least cost [B], each evaluated alone, as it would be again; the first among equals."""
+    costs = torch.stack([_evaluate(cost, plan[:, None])[:, 0] for plan in plans])  # [M, B]
+    value, index = costs.min(0)
+    return torch.stack(plans)[index, torch.arange(len(index), device=index.device)], value

@@ -1,0 +1,275 @@
+"""The agent in a loop, on a point that moves in a plane and whose picture shows where it is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from planners.agent import Agent, AgentConfig, imagine
+from planners.interface import Verdict
+from planners.sampling import SamplingConfig, SamplingPlanner
+from worldmodel.energy import GoalEnergy
+from worldmodel.interface import Context, Features
+
+STEP = 0.1  # of the plane's side, that an action of 1 moves
+
+
+def picture(position) -> dict[str, np.ndarray]:
+    """Red and green tell the position, in [0, 1]."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[..., :2] = np.round(255 * np.clip(position, 0, 1))
+    return {"pixels": pixels, "proprio": np.asarray(position, np.float32)}
+
+
+class Plane:
+    """The world: a point in the unit square."""
+
+    def __init__(self, position=(0.1, 0.1)):
+        self.position = np.array(position)
+
+    def step(self, action):
+        assert action.shape == (2,) and action.dtype == np.float32 and np.abs(action).max() <= 1
+        self.position = np.clip(self.position + STEP * action, 0, 1)
+        return picture(self.position)
+
+
+@dataclass
+class PlaneModel:
+    """Knows the plane; z [2] is a push, of `push` in standard deviations."""
+
+    push: float = 0.0
+    broken: bool = False
+    action_dim = 2
+    latent_dim = 2
+    max_context = 3
+
+    def __post_init__(self):
+        self.contexts, self.widest = [], 0
+
+    def encode(self, obs):
+        assert not any(key.startswith("privileged/") for key in obs)
+        patches = torch.from_numpy(obs["pixels"][..., :1, :1, :2] / np.float32(255)).squeeze(-3)
+        return Features(patches, None if obs.get("proprio") is None else torch.from_numpy(obs["proprio"]))
+
+    def sample_z(self, shape, generator):
+        if generator is None:
+            return torch.zeros(*shape, 2)
+        return torch.randn(*shape, 2, generator=generator)
+
+    def rollout(self, context, actions, z):
+        self.contexts.append(context)
+        self.widest = max(self.widest, z.shape[1] * z.shape[2])
+        start = context.features.patches[:, -1, 0][:, None, None, None]
+        moved = (STEP * actions[:, :, None] + self.push * z).cumsum(3)
+        patches = (start + moved).unsqueeze(-2)
+        return Features(patches * (torch.nan if self.broken else 1), (start + moved))
+
+
+def planner(**fields) -> SamplingPlanner:
+    return SamplingPlanner(SamplingConfig(gripper="gaussian", samples=64, elites=8, iterations=4, **fields))
+
+
+def agent_of(model=None, config=AgentConfig(), **parts) -> Agent:
+    return Agent(model or PlaneModel(), planner(), GoalEnergy, config, **parts)
+
+
+def go(agent, world, steps, goal=None, seed=0):
+    """Actions and decisions of `steps` steps."""
+    if goal is not None:
+        agent.reset(goal, seed)
+    obs, decisions = picture(world.position), []
+    for _ in range(steps):
+        obs = world.step(agent.act(obs))
+        decisions.append(agent.last)
+    return decisions
+
+
+@pytest.mark.parametrize("goal", [picture((0.8, 0.5)), {"pixels": picture((0.8, 0.5))["pixels"]}])
+def test_reaches_a_goal_with_and_without_proprioception(goal):
+    world = Plane()
+    decisions = go(agent_of(), world, 10, goal)
+    assert np.abs(world.position - (0.8, 0.5)).max() < 0.03
+    assert decisions[-1].observed < 0.03 < 0.3 < decisions[0].observed
+
+
+def test_a_decision_tells_what_was_imagined():
+    agent, world = agent_of(PlaneModel(push=0.02), AgentConfig(horizon=3, looks=5)), Plane()
+    decision = go(agent, world, 1, picture((0.9, 0.9)))[0]
+    assert decision.plan.actions.shape == (1, 3, 2) and decision.imagined.patches.shape == (5, 3, 1, 2)
+    assert np.array_equal(decision.action, decision.plan.actions[0, 0].numpy())
+    assert decision.energies.shape == (5,) and decision.energy == pytest.approx(decision.energies.mean().item())
+    assert decision.spread == pytest.approx(0.02 * 3**0.5, rel=0.8) and decision.seconds > 0
+    assert decision.verdict.go and decision.subgoal == 0
+    certain = go(agent_of(PlaneModel(push=0.0)), Plane(), 1, picture((0.9, 0.9)))[0]
+    assert certain.spread == 0
+
+
+def test_same_seed_same_actions_and_no_global_randomness():
+    state = torch.get_rng_state()
+    runs = [
+        np.stack([d.action for d in go(agent_of(PlaneModel(push=0.05), AgentConfig(samples_z=2)), Plane(), 4, picture((0.5, 0.9)), seed)])
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(runs[0], runs[1]) and not np.array_equal(runs[0], runs[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reset_leaves_no_residue():
+    agent = agent_of()
+    first = [d.action for d in go(agent, Plane(), 3, picture((0.5, 0.9)), 3)]
+    go(agent, Plane((0.9, 0.2)), 4, [picture((0.1, 0.9)), picture((0.3, 0.3))], 5)
+    again = [d.action for d in go(agent, Plane(), 3, picture((0.5, 0.9)), 3)]
+    assert np.array_equal(first, again)
+
+
+def test_context_holds_the_last_frames_and_the_actions_between():
+    model = PlaneModel()
+    agent, world, positions, actions = agent_of(model), Plane(), [], []
+    agent.reset(picture((0.9, 0.9)))
+    obs = picture(world.position)
+    for t in range(5):
+        positions.append(obs["proprio"])
+        model.contexts.clear()
+        actions.append(agent.act(obs))
+        context = model.contexts[-1]
+        frames = min(t + 1, 3)
+        assert context.features.patches.shape == (1, frames, 1, 2) and context.actions.shape == (1, frames - 1, 2)
+        assert np.array_equal(context.features.proprio[0], positions[-frames:])
+        assert np.array_equal(context.actions[0], np.reshape(actions[-frames:][: frames - 1], (-1, 2)))
+        obs = world.step(actions[-1])
+
+
+def test_a_plan_is_run_for_the_replanning_interval():
+    decisions = go(agent_of(config=AgentConfig(horizon=3, replan=2)), Plane(), 4, picture((0.9, 0.9)))
+    assert decisions[0].plan is decisions[1].plan and decisions[1].plan is not decisions[2].plan
+    assert np.array_equal(decisions[1].action, decisions[0].plan.actions[0, 1].numpy())
+    assert decisions[1].observed < decisions[0].observed
+
+
+def test_the_last_plan_is_the_next_warm_start():
+    starts = []
+
+    @dataclass(frozen=True)
+    class Watching:
+        inner: SamplingPlanner
+
+        def plan(self, cost, warm_start, generator):
+            starts.append(warm_start)
+            return self.inner.plan(cost, warm_start, generator)
+
+    agent = Agent(PlaneModel(), Watching(planner()), GoalEnergy, AgentConfig(horizon=3))
+    decisions = go(agent, Plane(), 2, picture((0.9, 0.9)))
+    assert (starts[0] == 0).all()
+    assert torch.equal(starts[1][:, :2], decisions[0].plan.actions[:, 1:]) and (starts[1][:, 2] == 0).all()
+
+
+FAR = [picture(p) for p in ((0.9, 0.1), (0.9, 0.9), (0.1, 0.9))]
+
+
+@pytest.mark.parametrize("goals, steps, turns", [
+    (FAR, (), [0] * 4 + [1] * 10 + [2] * 8),  # V-JEPA 2-AC's budget
+    (FAR, (2, 1, 1), [0] * 2 + [1] + [2] * 19),
+    (FAR[:2], (), [0] * 8 + [1] * 14),
+    (FAR[:1], (), [0] * 22),
+    (FAR[0], (5,), [0] * 22),
+])  # fmt: skip
+def test_subgoals_take_turns_by_budget(goals, steps, turns):
+    decisions = go(agent_of(config=AgentConfig(subgoal_steps=steps)), Plane(), 22, goals)
+    assert [d.subgoal for d in decisions] == turns
+
+
+def test_subgoals_take_turns_by_energy():
+    config = AgentConfig(subgoal_steps=(50, 50, 50), switch_energy=0.02)
+    world = Plane()
+    decisions = go(agent_of(config=config), world, 30, FAR)
+    turns = [d.subgoal for d in decisions]
+    assert turns == sorted(turns) and turns[0] == 0 and turns[-1] == 2
+    assert 8 <= turns.index(1) <= 10 and np.abs(world.position - (0.1, 0.9)).max() < 0.03
+
+
+def test_a_new_subgoal_is_planned_for_at_once():
+    config = AgentConfig(horizon=4, replan=4, subgoal_steps=(2, 9, 9))
+    decisions = go(agent_of(config=config), Plane(), 3, FAR)
+    assert decisions[1].plan is decisions[0].plan and decisions[2].plan is not decisions[1].plan
+
+
+class Refusing:
+    """A gate that never opens."""
+
+    def judge(self, imagined, energies):
+        return Verdict(False, 1.0, 0.0, "always")
+
+
+def test_a_closed_gate_yields_only_fallback_actions():
+    world = Plane()
+    decisions = go(agent_of(gate=Refusing()), world, 4, picture((0.9, 0.9)))
+    assert all((d.action == 0).all() and not d.verdict.go for d in decisions) and (world.position == 0.1).all()
+    back = go(agent_of(gate=Refusing(), fallback=np.array([0.5, 0.0])), Plane(), 2, picture((0.9, 0.9)))
+    assert all(np.array_equal(d.action, [0.5, 0.0]) for d in back)
+
+
+def test_imagination_in_chunks_costs_the_same_and_bounds_what_is_held():
+    context = Context(Features(torch.rand(2, 1, 1, 2)), torch.zeros(2, 0, 2))
+    energy, actions = GoalEnergy(Features(torch.rand(2, 1, 2))), torch.rand(2, 50, 4, 2)
+    costs = []
+    for chunk in (1, 64, 10_000):
+        model = PlaneModel(push=0.1)
+        generator = torch.Generator().manual_seed(0)
+        cost = imagine(model, context, energy, 4, generator, samples_z=3, chunk=chunk)
+        costs.append(cost(actions))
+        assert model.widest * 2 <= max(chunk, 6)
+        assert torch.equal(cost(actions), costs[-1])
+    assert costs[0].shape == (2, 50) and all(torch.equal(c, costs[0]) for c in costs)
+    still = imagine(PlaneModel(push=0.1), context, energy, 4)(actions)
+    assert torch.equal(still, imagine(PlaneModel(), context, energy, 4)(actions))  # the prior's mean
+
+
+def test_same_candidates_cost_the_same_whatever_z():
+    """Candidates differ by their actions alone."""
+    context = Context(Features(torch.zeros(1, 1, 1, 2)), torch.zeros(1, 0, 2))
+    cost = imagine(PlaneModel(push=0.5), context, GoalEnergy(Features(torch.ones(1, 2))), 3, torch.Generator(), 2)
+    costs = cost(torch.zeros(1, 10, 3, 2))
+    assert (costs == costs[0, 0]).all()
+
+
+def test_act_before_reset_is_refused():
+    with pytest.raises(RuntimeError, match="call reset"):
+        agent_of().act(picture((0, 0)))
+
+
+@pytest.mark.parametrize("goal, words", [
+    ([], "empty list"),
+    ({"proprio": np.zeros(2)}, "'pixels'"),
+    (np.zeros((4, 4, 3), np.uint8), "expected a goal with 'pixels'"),
+    ({"pixels": np.zeros((4, 4, 3), np.float32)}, "uint8 in 0..255, got float32"),
+    ({"pixels": np.zeros((4, 4), np.uint8)}, r"\[h, w, 3\], got \[4, 4\]"),
+    ([picture((0, 0)), {"pixels": np.zeros((8, 4, 3), np.uint8)}], r"\[4, 4, 3\] as of the first goal, got \[8, 4, 3\]"),
+    ({**picture((0, 0)), "proprio": np.array([np.nan, 0])}, "finite numbers"),
+])  # fmt: skip
+def test_bad_goals_are_refused(goal, words):
+    with pytest.raises(ValueError, match=words):
+        agent_of().reset(goal)
+
+
+def test_bad_observations_and_imaginations_are_refused():
+    agent = agent_of()
+    agent.reset(picture((0.5, 0.5)))
+    with pytest.raises(ValueError, match=r"of the observation of shape \[4, 4, 3\]"):
+        agent.act({"pixels": np.zeros((5, 5, 3), np.uint8)})
+    with pytest.raises(ValueError, match="proprio of the observation as finite"):
+        agent.act({**picture((0, 0)), "proprio": np.array([np.inf, 0])})
+    broken = agent_of(PlaneModel(broken=True))
+    broken.reset(picture((0.5, 0.5)))
+    with pytest.raises(ValueError, match="model imagines NaN"):
+        broken.act(picture((0, 0)))
+
+
+def test_bad_configs_are_refused():
+    for fields in ({"horizon": 0}, {"replan": 3, "horizon": 2}, {"looks": 0}, {"subgoal_steps": (4, 0)}, {"samples_z": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            AgentConfig(**fields)
+    with pytest.raises(ValueError, match="2 entries for 3 sub-goals"):
+        agent_of(config=AgentConfig(subgoal_steps=(1, 2))).reset(FAR)
+    with pytest.raises(ValueError, match="fallback"):
+        agent_of(fallback=np.zeros(3))
