@@ -1,6 +1,7 @@
 """The agreed shape: who may import whom, docstrings, no print."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -122,9 +123,8 @@ def test_randomness_is_an_argument(name):
             called = ast.unparse(node.func)
             assert called not in ("np.random.seed", "random.seed"), f"{name}:{node.lineno}: {called}"
             assert lends or called != "torch.manual_seed", f"{name}:{node.lineno}: {called} without giving it back"
-            legacy = called.startswith("np.random.") and called.split(".")[2] not in (
-                "default_rng", "Generator", "PCG64", "Philox", "SeedSequence"
-            )  # fmt: skip
+            drawn = re.fullmatch(r"np\.random\.(\w+)", called)
+            legacy = drawn and drawn[1] not in ("default_rng", "Generator", "PCG64", "Philox", "SeedSequence")
             assert not legacy, f"{name}:{node.lineno}: {called} draws from the global generator"
 
 

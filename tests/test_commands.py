@@ -288,10 +288,10 @@ def test_two_collects_do_not_write_into_one_folder(dataset, capfd):
 
 
 def test_without_gl_library_one_line_says_what_to_install(tmp_path):
-    result = call("collect", "--preset", "debug", "--out", tmp_path / "set", MUJOCO_GL="osmesa", PYOPENGL_PLATFORM="", LD_LIBRARY_PATH="")
+    result = call("collect", "--preset", "debug", "--out", tmp_path / "set", MUJOCO_GL="osmesa")
     if result.returncode == 0:
         pytest.skip("this machine has OSMesa")
-    assert result.returncode == 2 and "Traceback" not in result.stderr and "apt-get install libegl1" in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "install libegl1" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -362,3 +362,84 @@ def test_show_refuses_what_it_cannot_read(dataset, tmp_path, capfd):
     (tmp_path / "metrics.jsonl").write_text("{")
     assert "metrics.jsonl is damaged" in refuse(capfd, "show", tmp_path, "--out", out)
     assert not out.exists()
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def encoder(dataset, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("pretrain") / "run"
+    result = call("pretrain", "--preset", "debug", "--data", dataset, "--out", run, "--json")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1 and Path(told["encoder"]).parent == run
+    return Path(told["encoder"])
+
+
+@needs("pretrain")
+def test_curves_of_a_pretraining_can_be_shown(encoder, tmp_path):
+    assert cli.main(words("show", encoder.parent, "--out", tmp_path / "curves.png")) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@needs("pretrain")
+def test_trainings_refuse_bad_input(encoder, dataset, tmp_path, capfd):
+    args = ("pretrain", "--preset", "debug", "--data", dataset)
+    assert "--resume" in refuse(capfd, *args, "--out", encoder.parent)
+    out = ("--out", tmp_path / "run")
+    assert "make one with" in refuse(capfd, "pretrain", "--preset", "debug", "--data", tmp_path / "nowhere", *out)
+    for flag in ("--batch", "--steps", "--frames", "--minutes", "--depth"):
+        assert flag[2:] in refuse(capfd, *args, flag, 0, *out)
+        assert flag[2:] in refuse(capfd, *args, flag, -1, *out)
+    damaged = tmp_path / "damaged"
+    assert cli.main(words("collect", "--preset", "debug", "--out", damaged)) == 0
+    data.episode_path(damaged, 1).unlink()
+    assert "episode-000001.npz is missing" in refuse(capfd, "pretrain", "--preset", "debug", "--data", damaged, *out)
+    data.episode_path(damaged, 1).write_bytes(data.episode_path(dataset, 1).read_bytes()[:9999])
+    assert "episode-000001.npz is damaged" in refuse(capfd, "pretrain", "--preset", "debug", "--data", damaged, *out)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert "other" in refuse(capfd, *args, "--out", tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def model(encoder, dataset, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("train") / "run"
+    args = words("train", "--preset", "debug", "--data", dataset, "--encoder", encoder, "--out", run, "--cache", run.parent / "cache")
+    assert cli.main(args) == 0
+    return run / "model.safetensors"
+
+
+def damaged_weights(good: Path, folder: Path) -> dict[Path, str]:
+    """Files that are no weights of the wanted kind, and what is said of them."""
+    files = {name: folder / f"{name}.safetensors" for name in ("truncated", "text", "absent")}
+    files["truncated"].write_bytes(good.read_bytes()[:-1000])
+    files["text"].write_text("this is not safetensors")
+    return {path: path.name for path in files.values()}
+
+
+@needs("train")
+def test_train_refuses_bad_input(model, encoder, dataset, tmp_path, capfd):
+    args = ("train", "--preset", "debug", "--data", dataset, "--cache", tmp_path / "features")
+    out = ("--out", tmp_path / "run")
+    assert "--resume" in refuse(capfd, *args, "--encoder", encoder, "--out", model.parent)
+    for path, expected in {**damaged_weights(encoder, tmp_path), model: "model.safetensors"}.items():
+        assert expected in refuse(capfd, *args, "--encoder", path, *out)
+    for flag in ("--batch", "--steps", "--transitions", "--rollout"):
+        assert flag[2:] in refuse(capfd, *args, "--encoder", encoder, flag, 0, *out)
+    assert not (tmp_path / "run").exists()
+
+
+@needs("probe")
+def test_probe_tells_all_errors(encoder, tmp_path, capfd):
+    assert cli.main(words("probe", "--preset", "debug", "--encoder", encoder, "--json")) == 0
+    told = json.loads(capfd.readouterr().out)
+    for scores in (told, told["ridge"], told["random_init"], told["pixels"]):
+        assert len(scores["gripper_rmse_mm"]) == len(scores["object_rmse_mm"]) == 3
+        assert scores["object_yaw_rmse_deg"] > 0
+    assert told["frames"] and told["seeds"]
+    for path, expected in damaged_weights(encoder, tmp_path).items():
+        assert expected in refuse(capfd, "probe", "--preset", "debug", "--encoder", path)
+    assert "frames is 0" in refuse(capfd, "probe", "--preset", "debug", "--frames", 0)

@@ -24,7 +24,7 @@ OURS = tuple(str(ROOT / package) + os.sep for package in ("worldmodel", "planner
 PRESETS = ROOT / "assets" / "presets"
 
 DRAWING = tuple(os.path.join("mujoco", part) + os.sep for part in ("egl", "osmesa", "rendering"))
-NO_GL = "no GL library to draw with; install one, apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl"
+NO_GL = "cannot draw: no usable GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
 
 COMMANDS = {
     "collect": "run scripted experts in the simulator and keep their episodes",
@@ -200,7 +200,9 @@ def _fail(who: str, error: Exception, show: bool) -> int:
     message = " ".join(str(error).split())
     bad_input = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
     bad_input |= isinstance(error, ValueError) and files[-1].startswith(OURS)
-    if any(part in file for file in files for part in DRAWING) or message.startswith("cannot draw"):
+    if message.startswith("cannot draw"):
+        bad_input = True
+    elif any(part in file for file in files for part in DRAWING):
         bad_input, message = True, NO_GL
     if show or not bad_input:
         traceback.print_exception(error)
