@@ -1,7 +1,8 @@
 """The video encoder: tubelet patches into a vision transformer with 3-D rotary positions.
 
 Module names and layout follow V-JEPA 2 (arXiv 2506.09985, section 2.1 and appendix), so that weights of that family
-fit. There is no absolute position anywhere: attention sees where tokens are relative to each other.
+fit; they have no absolute position (`absolute=False`). For a camera that hardly moves, sine-cosine positions beside
+the rotary ones (V-JEPA, arXiv 2404.08471) learn several times faster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class EncoderConfig:
     depth: int = 6
     num_heads: int = 3
     mlp_ratio: float = 4.0
+    absolute: bool = True  # add sine-cosine positions to the patches; V-JEPA 2: False
     rope_base: float = 100.0  # V-JEPA 2: 10000; 100 suits grids of some ten patches
 
     def __post_init__(self) -> None:
@@ -51,6 +53,14 @@ def positions(steps: int, grid: tuple[int, int], device: torch.device | None = N
     """Position (t, row, column) of every token, time slowest: float32 [steps * rows * columns, 3]."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (steps, *grid)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+
+def sinusoids(where: Tensor, dim: int) -> Tensor:
+    """Fixed sine-cosine features of positions [..., 3]: a third of `dim` for each axis, [..., dim]."""
+    part = dim // 6
+    speed = 100.0 ** -(torch.arange(part, dtype=torch.float32, device=where.device) / part)
+    angle = (where[..., None] * speed).flatten(-2)  # [..., 3 * part]
+    return F.pad(torch.cat((angle.sin(), angle.cos()), -1), (0, dim - 6 * part))
 
 
 def rotation(where: Tensor, head_dim: int, base: float) -> Rotation:
@@ -188,6 +198,8 @@ class VideoEncoder(nn.Module):
             patches, where = take(patches, visible), where[visible]
         by = rotation(where, head_dim, self.config.rope_base)
         x = self.patch_embed(scaled(patches))
+        if self.config.absolute:
+            x = x + sinusoids(where, x.shape[-1])
         for block in self.blocks:
             x = block(x, by)
         return self.norm(x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
 from worldmodel.data import Dataset
-from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, initialise, patchify, positions, rotation, scaled, take
+from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, initialise, patchify, positions, rotation, scaled, sinusoids, take
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.training import Run, effective_rank, optimizer_for, set_rate
 
@@ -80,7 +80,10 @@ class MaskPredictor(nn.Module):
         hidden = self.mask_token.expand(len(seen), masks.hidden.shape[1], -1)
         x = torch.cat((self.predictor_embed(seen), hidden.to(seen.dtype)), 1)
         head_dim = self.config.predictor_dim // self.config.predictor_heads
-        by = rotation(where[torch.cat(masks, 1)], head_dim, self.config.encoder.rope_base)
+        where = where[torch.cat(masks, 1)]  # [B, V + M, 3]
+        if self.config.encoder.absolute:
+            x = x + sinusoids(where, x.shape[-1])
+        by = rotation(where, head_dim, self.config.encoder.rope_base)
         for block in self.blocks:
             x = block(x, by)
         return self.norm(x)
@@ -193,7 +196,7 @@ def pretrain(
         model.follow(first + (last - first) * step / config.steps)
         if step % 20 == 0:
             mode = "image" if single else "video"
-            run.log(rate=rate, norm=float(norm), **{f"{mode}/{k}": float(v) for k, v in losses.items()})
+            run.log(rate=rate, norm=float(norm), **{f"{mode}/{k}": float(v.detach()) for k, v in losses.items()})
         if step % 500 == 0:
             signs = health(model.result(), held)
             run.log(**signs)

@@ -178,7 +178,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0:
-            run.log(rate=rate, norm=float(norm), **{k: float(v) for k, v in losses.items()})
+            run.log(rate=rate, norm=float(norm), **{k: float(v.detach()) for k, v in losses.items()})
         if step % 500 == 499:
             run.log(**evaluate(predictor, features["held"], frames["held"], clips, 6))
     if not run.done:

@@ -1,0 +1,169 @@
+"""Predictor, z and model: causality, cache, batch invariance, save and load, and the targets of the training loss."""
+
+import pytest
+import torch
+
+from worldmodel.checkpoint import save_tensors
+from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.interface import Context, Features
+from worldmodel.latent import Gaussian, divergence, information_loss
+from worldmodel.model import LatentModel, load
+from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.train import TrainConfig, prediction_losses
+
+ENCODER = EncoderConfig(image_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=2)
+SIZES = PredictorConfig(feature_dim=48, grid=(4, 4), embed_dim=48, depth=2, num_heads=2, latent_dim=3, window=3)
+
+
+def noisy(module):
+    """Random weights everywhere, so that zero-initialised heads do not hide anything."""
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return module
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LatentModel(noisy(VideoEncoder(ENCODER)), noisy(Predictor(SIZES)), {"made": "here"})
+
+
+def context_of(model, b=2, t=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (b, t, 32, 32, 3), dtype=torch.uint8, generator=g)
+    proprio = torch.randn(b, t, 7, generator=g)
+    features = model.encode({"pixels": pixels.numpy(), "proprio": proprio.numpy()})
+    return Context(features, torch.rand(b, t - 1, 4, generator=g) * 2 - 1)
+
+
+def actions_of(b=2, n=3, h=4, seed=1):
+    return torch.rand(b, n, h, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)  # bfloat16
+
+
+def test_rollout_shapes_and_prefix(model):
+    context, actions = context_of(model), actions_of()
+    z = model.sample_z((2, 3, 2, 4), torch.Generator().manual_seed(0))
+    whole = model.rollout(context, actions, z)
+    assert whole.patches.shape == (2, 3, 2, 4, 16, 48) and whole.proprio.shape == (2, 3, 2, 4, 7)
+    part = model.rollout(context, actions[:, :, :2], z[:, :, :, :2])
+    assert torch.equal(whole.patches[:, :, :, :2], part.patches)
+
+
+def test_candidates_do_not_see_each_other(model):
+    context, actions = context_of(model), actions_of()
+    z = model.sample_z((2, 3, 1, 4), None)
+    whole = model.rollout(context, actions, z)
+    alone = model.rollout(context, actions[:, 1:2], z[:, 1:2])
+    close(whole.patches[:, 1], alone.patches[:, 0])
+
+
+def test_cached_steps_agree_with_the_whole_window():
+    predictor = noisy(Predictor(SIZES)).eval()
+    g = torch.Generator().manual_seed(3)
+    now = Features(torch.randn(2, 5, 16, 48, generator=g), torch.randn(2, 5, 7, generator=g))
+    actions, z = torch.randn(2, 5, 4, generator=g), torch.randn(2, 5, 3, generator=g)
+    whole, _ = predictor(now, actions, z)
+    cache = None
+    for t in range(5):
+        step = Features(now.patches[:, t : t + 1], now.proprio[:, t : t + 1])
+        guess, cache = predictor(step, actions[:, t : t + 1], z[:, t : t + 1], cache, t)
+        torch.testing.assert_close(guess.patches[:, 0], whole.patches[:, t], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(guess.proprio[:, 0], whole.proprio[:, t], atol=1e-4, rtol=1e-4)
+
+
+def test_time_is_causal():
+    predictor = noisy(Predictor(SIZES)).eval()
+    now = Features(torch.randn(1, 4, 16, 48), torch.randn(1, 4, 7))
+    actions, z = torch.randn(1, 4, 4), torch.randn(1, 4, 3)
+    before, _ = predictor(now, actions, z)
+    actions[:, 2] += 1
+    after, _ = predictor(now, actions, z)
+    assert torch.equal(before.patches[:, :2], after.patches[:, :2])
+    assert not torch.allclose(before.patches[:, 2], after.patches[:, 2])
+
+
+def test_actions_and_z_change_predictions(model):
+    context, actions = context_of(model), actions_of(h=1)
+    z = model.sample_z((2, 3, 1, 1), None)
+    base = model.rollout(context, actions, z).patches
+    assert not torch.allclose(base, model.rollout(context, -actions, z).patches)
+    assert not torch.allclose(base, model.rollout(context, actions, z + 1).patches)
+
+
+def test_privileged_keys_are_never_read(model):
+    pixels = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    plain = model.encode({"pixels": pixels})
+    told = model.encode({"pixels": pixels, "privileged/object_pos": "not even an array"})
+    assert torch.equal(plain.patches, told.patches) and plain.proprio is None
+
+
+def test_save_then_load_is_exact(model, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert again.about == model.about and again.predictor.config == model.predictor.config
+    context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
+    assert torch.equal(model.rollout(context, actions, z).patches, again.rollout(context, actions, z).patches)
+
+
+def test_wrong_files_are_refused(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match="model"):
+        load(path)
+    model.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load(path)
+    path.write_bytes(b"weights")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load(path)
+    save_tensors(path, "encoder", {"a": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="holds 'encoder', expected 'model'"):
+        load(path)
+    other = {"encoder": model.encoder.metadata() | {"embed_dim": 96}, "predictor": {"feature_dim": 96, "grid": [4, 4]}}
+    save_tensors(path, "model", model.state_dict(), other)
+    with pytest.raises(ValueError, match="another architecture"):
+        load(path)
+
+
+def test_wrong_shapes_and_nan_are_refused(model):
+    context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
+    with pytest.raises(ValueError, match="expected actions of shape"):
+        model.rollout(context, actions[..., :3], z)
+    with pytest.raises(ValueError, match="no proprioception"):
+        model.rollout(Context(Features(context.features.patches), context.actions), actions, z)
+    with pytest.raises(ValueError, match="NaN"):
+        model.encode({"pixels": torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), "proprio": torch.full((7,), torch.nan).numpy()})
+
+
+def test_divergence_is_that_of_torch():
+    q, p = Gaussian(torch.randn(5, 3), torch.randn(5, 3)), Gaussian(torch.randn(5, 3), torch.randn(5, 3))
+    normal = lambda g: torch.distributions.Normal(g.mean, g.log_std.exp())  # noqa: E731
+    torch.testing.assert_close(divergence(q, p), torch.distributions.kl_divergence(normal(q), normal(p)))
+    loss, nats = information_loss(p, p, free_nats=0.5)
+    assert float(nats) == 0 and float(loss) == 0.5
+
+
+def test_targets_of_every_round_are_the_frames_they_predict():
+    """A predictor that adds 1 to every frame is perfect on clips that count up, and off by one anywhere else."""
+
+    class Counter(Predictor):
+        def forward(self, now, actions, z, cache=None, start=0):
+            return Features(now.patches + 1, now.proprio + 1), []
+
+    predictor, config = Counter(SIZES), TrainConfig(rollout=3, transitions=4)
+    count = torch.arange(5.0)
+    clip = Features(count[None, :, None, None].expand(2, 5, 16, 48), count[None, :, None].expand(2, 5, 7))
+    losses = prediction_losses(predictor, clip, torch.zeros(2, 4, 4), torch.zeros(2, 4, 3), torch.tensor([True, False]), config)
+    for r in (1, 2, 3):
+        assert float(losses[f"patches_{r}"]) == 0 and float(losses[f"proprio_{r}"]) == 0
+    late = Features(clip.patches.clone(), clip.proprio)
+    late.patches[:, -1] += 1
+    losses = prediction_losses(predictor, late, torch.zeros(2, 4, 4), torch.zeros(2, 4, 3), torch.tensor([True, False]), config)
+    assert float(losses["patches_1"]) == pytest.approx(1 / 4)
+    assert float(losses["patches_3"]) == pytest.approx(1 / 2)

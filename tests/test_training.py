@@ -1,0 +1,154 @@
+"""Pretraining, predictor training and probes on tiny data: they learn, resume bit-exactly, and refuse what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from worldmodel.checkpoint import load_tensors, save_tensors
+from worldmodel.data import Dataset, checksum, episode_path, write_episode, write_recipe
+from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.pretrain import PretrainConfig, Pretraining, load_encoder, pretrain, save_encoder
+from worldmodel.probe import Labels, attentive, ridge
+from worldmodel.train import TrainConfig, cached_features, train
+from worldmodel.training import effective_rank, set_rate
+
+TINY = EncoderConfig(image_size=24, patch_size=8, embed_dim=24, depth=1, num_heads=1)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A bright square that actions push about: 12 episodes of 8 steps."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(12):
+        rng = np.random.default_rng(i)
+        place, frames, actions = rng.uniform(4, 20, 2), [], []
+        for _ in range(9):
+            frame = np.full((24, 24, 3), 30, np.uint8)
+            x, y = place.astype(int)
+            frame[y - 3 : y + 3, x - 3 : x + 3] = 220
+            frames.append((frame, np.r_[place / 10, np.zeros(5)]))
+            actions.append(rng.uniform(-1, 1, 4))
+            place = np.clip(place + 3 * actions[-1][:2], 4, 20)
+        pixels, proprio = map(np.array, zip(*frames, strict=True))
+        episode = {"pixels": pixels, "proprio": proprio.astype(np.float32), "actions": np.array(actions[:-1], np.float32)}
+        write_episode(episode_path(folder, i), episode)
+    write_recipe(folder, "test", {}, 12, [checksum(episode_path(folder, i)) for i in range(12)])
+    return Dataset.open(folder)
+
+
+def recipe(**changes):
+    return PretrainConfig(**{"encoder": TINY, "predictor_dim": 24, "predictor_depth": 1, "predictor_heads": 1, "batch": 4, "steps": 6} | changes)
+
+
+@pytest.mark.parametrize("target", ["ema", "pixels"])
+def test_pretraining_resumes_bit_exactly(data, tmp_path, target):
+    whole = pretrain(recipe(target=target), data, tmp_path / "whole")
+    assert pretrain(recipe(target=target), data, tmp_path / "parts", minutes=1e-9) is None
+    for _ in range(10):
+        path = pretrain(recipe(target=target), data, tmp_path / "parts", minutes=1e-9, resume=True)
+        if path is not None:
+            break
+    a, b = load_tensors(whole, "encoder")[0], load_tensors(path, "encoder")[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert {"spread", "rank"} <= lines[-1].keys() | lines[0].keys() | lines[1].keys()
+
+
+def test_a_frozen_encoder_can_be_the_target(data, tmp_path):
+    teacher = pretrain(recipe(target="pixels"), data, tmp_path / "pixels")
+    student = pretrain(recipe(target=str(teacher), seed=1), data, tmp_path / "latents")
+    assert load_encoder(student).config == TINY
+
+
+def test_losses_by_target():
+    clips = torch.randint(0, 256, (3, 4, 24, 24, 3), dtype=torch.uint8)
+    from worldmodel.masking import KINDS, draw
+
+    masks = (draw(KINDS["half"], 3, 2, (3, 3), np.random.default_rng(0)),)
+    assert set(Pretraining(recipe()).loss(clips, masks)) == {"latent", "loss"}
+    assert set(Pretraining(recipe(target="pixels")).loss(clips, masks)) == {"pixels", "loss"}
+    both = Pretraining(recipe(pixel_weight=0.5)).loss(clips, masks)
+    torch.testing.assert_close(both["loss"], both["latent"] + 0.5 * both["pixels"])
+
+
+def test_the_target_is_not_trained_but_follows():
+    model = Pretraining(recipe())
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    with torch.no_grad():
+        model.encoder.norm.bias.add_(1.0)
+    model.follow(0.9)
+    torch.testing.assert_close(model.teacher.norm.bias, torch.full_like(model.teacher.norm.bias, 0.1))
+
+
+def test_collapse_fails_loudly(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoEncoder, "encode", lambda self, pixels: torch.zeros(len(pixels), 9, 24))
+    with pytest.raises(RuntimeError, match="collapsed: spread 0.0000"):
+        pretrain(recipe(steps=1001), data, tmp_path / "run")
+
+
+def test_folders_and_settings_are_guarded(data, tmp_path):
+    pretrain(recipe(), data, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="--resume"):
+        pretrain(recipe(), data, tmp_path / "run")
+    with pytest.raises(ValueError, match="rate = 0.001, not 0.1"):
+        pretrain(recipe(rate=0.1), data, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="unknown masks"):
+        recipe(masks=("tubes",))
+
+
+def test_training_resumes_bit_exactly_and_learns_something(data, tmp_path):
+    torch.manual_seed(0)
+    encoder = VideoEncoder(TINY)
+    config = TrainConfig(embed_dim=24, depth=1, num_heads=1, batch=4, steps=5, transitions=3)
+    whole = train(config, encoder, data, tmp_path / "whole", tmp_path / "cache")
+    path = train(config, encoder, data, tmp_path / "parts", tmp_path / "cache", minutes=1e-9)
+    for _ in range(10):
+        if path is not None:
+            break
+        path = train(config, encoder, data, tmp_path / "parts", tmp_path / "cache", minutes=1e-9, resume=True)
+    a, b = load_tensors(whole, "model")[0], load_tensors(path, "model")[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_features_are_cached_once(data, tmp_path):
+    torch.manual_seed(0)
+    encoder = VideoEncoder(TINY)
+    features = cached_features(encoder, data, tmp_path)
+    assert features.shape == (data.frames, 9, 24) and features.dtype == np.float16
+    stamp = next(tmp_path.glob("features-*")).stat().st_mtime_ns
+    cached_features(encoder, data, tmp_path)
+    assert [p.stat().st_mtime_ns for p in tmp_path.glob("features-*")] == [stamp]
+
+
+def test_an_encoder_of_other_sizes_is_refused(tmp_path):
+    save_encoder(tmp_path / "e.safetensors", VideoEncoder(TINY), {})
+    with pytest.raises(ValueError, match="another architecture"):
+        load_encoder(tmp_path / "e.safetensors", EncoderConfig())
+    save_tensors(tmp_path / "f.safetensors", "encoder", {"a": torch.zeros(2)}, VideoEncoder(TINY).metadata())
+    with pytest.raises(ValueError, match="another architecture"):
+        load_encoder(tmp_path / "f.safetensors")
+
+
+def test_probes_find_what_is_there():
+    rng = np.random.default_rng(0)
+    gripper, thing, yaw = rng.normal(0, 0.1, (2000, 3)), rng.normal(0, 0.1, (2000, 3)), rng.uniform(-0.5, 0.5, 2000)
+    labels = Labels(gripper, thing, yaw, np.full(2000, 4))
+    patch = np.column_stack((gripper, thing, 0.1 * np.cos(4 * yaw), 0.1 * np.sin(4 * yaw))) * 10
+    features = torch.from_numpy(np.stack((np.zeros_like(patch), patch), 1)).half()
+    errors = labels.errors(ridge(features, labels.targets(), features))
+    assert max(errors["gripper_rmse_mm"] + errors["object_rmse_mm"]) < 10 and errors["object_yaw_rmse_deg"] < 5
+    guess = attentive(features, labels.targets(), features, torch.ones(2000, 8), epochs=80)
+    assert max(labels.errors(guess)["gripper_rmse_mm"]) < 30
+    exact = labels.targets().double().numpy()
+    assert labels.errors(exact)["object_yaw_rmse_deg"] == pytest.approx(0, abs=0.01)
+
+
+def test_schedule_and_rank():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    rates = [set_rate(optimizer, 1.0, step, 100) for step in range(100)]
+    assert rates[0] < 0.2 and max(rates) == 1.0 and rates[-1] < 0.05
+    assert effective_rank(torch.randn(500, 4)) == pytest.approx(4, abs=0.2)
+    assert effective_rank(torch.randn(500, 1) @ torch.ones(1, 4)) == pytest.approx(1, abs=0.01)
