@@ -210,7 +210,7 @@ class Play:
             self._goal = grasp + np.append(rng.normal(0.0, 0.05, 2), rng.uniform(-0.01, 0.04))
             self._opening = rng.choice([0.0, MAX_OPENING, rng.uniform(0, MAX_OPENING)])
         else:
-            self._goal = free if kind < 0.85 else np.append(free[:2], rng.uniform(0.01, 0.07))
+            self._goal = free if kind < 0.85 else np.append(free[:2], rng.uniform(0.015, 0.07))
             self._opening = rng.choice([self._opening, 0.0, MAX_OPENING, rng.uniform(0, MAX_OPENING)])
         self._goal = np.clip(self._goal, WORKSPACE[0], WORKSPACE[1])
 

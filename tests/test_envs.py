@@ -1,0 +1,213 @@
+"""The environments: the contract, the physics behind it, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import envs
+from envs.check import check
+from envs.control import MOVE, ControlState
+from envs.scene import HOME
+from envs.tasks import Pose
+
+pytestmark = pytest.mark.filterwarnings("error")
+IDLE = np.zeros(4)
+UP, DOWN, CLOSE, OPEN = (np.array(a, float) for a in ([0, 0, 1, 0], [0, 0, -1, 0], [0, 0, 0, -1], [0, 0, 0, 1]))
+
+
+@pytest.fixture
+def env():
+    env = envs.make(envs.EnvConfig(render_goals=False))
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def on_table(env: envs.PandaEnv, tcp, object_pos=(0.5, 0.0), opening=0.08) -> Pose:
+    return Pose(np.array(tcp, float), opening, opening, np.array([*object_pos, env.scene.spec.half_height]), 0.0)
+
+
+@pytest.mark.parametrize("name", ["PandaReach-v0", "PandaGrasp-v0", "PandaReachWithObject-v0", "PandaPickPlace-v0"])
+def test_gymnasium_finds_nothing_to_say(name):
+    env = gym.make(f"envs:{name}", object="cup", render_mode="rgb_array").unwrapped
+    check_env(env)
+    env.close()
+
+
+@pytest.mark.parametrize("task", envs.TASKS)
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_contract(task, object):
+    check(envs.EnvConfig(task=task, object=object))
+
+
+def test_contract_holds_for_the_options():
+    config = envs.EnvConfig(randomization="strong", action_dim=7, cameras=("front", "side"), image_size=48)
+    check(config)
+    env = envs.make(config)
+    assert env.reset(seed=0)[0]["pixels"].shape == (48, 96, 3)
+    env.close()
+
+
+def test_randomisation_leaves_no_residue():
+    plain, used = (envs.make(envs.EnvConfig(object="cup")) for _ in range(2))
+    first, _ = used.reset(seed=4)
+    used.randomizer.apply(used.randomizer.draw("strong", np.zeros((1, 3)), np.random.default_rng(0)))
+    assert not np.array_equal(used.scene.render(), first["pixels"])
+    a, b = plain.reset(seed=4)[0], used.reset(seed=4)[0]
+    assert np.array_equal(a["pixels"], b["pixels"]) and np.array_equal(a["proprio"], b["proprio"])
+    plain.close()
+    used.close()
+
+
+def test_the_hand_arrives(env):
+    env.put(on_table(env, (0.5, 0, 0.15), object_pos=(0.3, 0.3)))
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        env.step(rng.choice([-1.0, 1.0], 4))
+        assert np.abs(env.scene.tcp_pos - env.controller.state.pos).max() < 0.005
+
+
+def test_seven_dimensions_turn_the_hand():
+    env = envs.make(envs.EnvConfig(action_dim=7, render_goals=False))
+    env.reset(seed=0)
+    env.put(on_table(env, (0.5, 0, 0.2)))
+    for axis in range(3):
+        before = env.get_state()
+        seen = env.step(np.eye(7)[3 + axis])[0]["proprio"][3:6]
+        assert np.allclose(seen, 0.25 * np.eye(3)[axis], atol=0.02)
+        env.set_state(before)
+    env.close()
+
+
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_objects_rest_still(object):
+    env = envs.make(envs.EnvConfig(object=object, render_goals=False))
+    env.reset(seed=1)
+    before = env.scene.object_pos
+    for _ in range(20):
+        env.step(IDLE)
+    assert np.abs(env.scene.object_pos - before).max() < 2e-4 and env.scene.object_speed < 1e-3
+    env.close()
+
+
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_the_grip_holds_through_the_hardest_motion(object):
+    env = envs.make(envs.EnvConfig(task="reach-with-object", object=object, render_goals=False, stop_on_success=False))
+    env.reset(seed=2)
+    for _ in range(4):
+        env.step(UP)
+    before = env.scene.object_pos - env.scene.tcp_pos
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        info = env.step(np.append(rng.choice([-1.0, 1.0], 2), [0, 0]))[-1]
+        assert info["privileged/grasped"] and not info["unsafe"]
+    assert np.linalg.norm(env.scene.object_pos - env.scene.tcp_pos - before) < 0.02
+    env.close()
+
+
+def test_pressing_is_unsafe_and_does_not_sink(env):
+    env.put(on_table(env, (0.5, 0, 0.08), opening=0.0))
+    env.controller.settle(env.controller.state.pos, env.controller.state.joints, 0.0)
+    unsafe = {}
+    for _ in range(2):
+        unsafe |= env.step(DOWN)[-1]["unsafe"]
+        assert env.scene.object_pos[2] > env.scene.spec.half_height - 0.003
+    assert unsafe["object_force"] > 100 and unsafe["table_force"] > 60
+
+
+def test_a_drop_is_unsafe(env):
+    env.put(on_table(env, (0.5, 0, 0.0225)))
+    for action in (CLOSE, UP, UP, UP):
+        info = env.step(action)[-1]
+    assert info["privileged/grasped"] and not info["unsafe"]
+    seen = {}
+    for action in (OPEN, IDLE, IDLE):
+        info = env.step(action)[-1]
+        seen |= info["unsafe"]
+        assert info["cost"] == len(info["unsafe"])
+    assert set(seen) == {"dropped"} and 0.1 < seen["dropped"] < 0.16
+
+
+def test_leaving_the_table_is_unsafe(env):
+    env.put(on_table(env, (0.5, 0, 0.2), object_pos=(0.5, 0.6)))
+    unsafe = {}
+    for _ in range(3):
+        unsafe |= env.step(IDLE)[-1]["unsafe"]
+    assert unsafe["off_table"] < -0.05
+
+
+def test_self_collision_is_unsafe(env):
+    folded, scene = HOME.copy(), env.scene
+    folded[[3, 5]] = -3.0, 0.0
+    scene.place(folded, 0.08, np.array([0.3, 0.3, 0.0225]), np.array([1.0, 0, 0, 0]))
+    env.controller.state = ControlState(folded, scene.tcp_pos, scene.tcp_mat, 0.08)
+    assert env.step(IDLE)[-1]["unsafe"]["self_collision"] > 0
+
+
+def test_a_joint_at_its_limit_is_unsafe_and_stays_within():
+    env = envs.make(envs.EnvConfig(action_dim=7, render_goals=False))
+    env.reset(seed=0)
+    env.put(on_table(env, (0.5, 0, 0.2)))
+    for _ in range(26):
+        info = env.step(np.eye(7)[5])[-1]
+    assert abs(info["unsafe"]["joint_limit"]) < 0.01
+    env.close()
+
+
+def test_blocked_hand_keeps_its_target_near(env):
+    for _ in range(6):
+        env.step(np.array([1.0, 1, 1, 0]))
+    ahead = env.controller.state.pos - env.scene.tcp_pos
+    assert np.abs(ahead).max() < MOVE / 2
+    env.step(-np.ones(4))
+    assert np.abs(env.controller.state.pos - env.scene.tcp_pos).max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "known"),
+    [("task", "fly", "pick-place"), ("object", "cat", "box"), ("randomization", "wild", "strong"), ("cameras", ("top",), "front"),
+     ("action_dim", 5, "4 or 7"), ("image_size", 0, "16"), ("max_steps", 0, "at least 1")],
+)  # fmt: skip
+def test_bad_config_is_named(field, value, known):
+    with pytest.raises(ValueError, match=known):
+        envs.EnvConfig(**{field: value})
+
+
+def test_bad_actions_are_named(env):
+    with pytest.raises(ValueError, match=r"\(7,\).*\(4,\)"):
+        env.step(np.zeros(7))
+    with pytest.raises(ValueError, match="finite"):
+        env.step(np.array([0, np.nan, 0, 0]))
+    with pytest.raises(ValueError, match="reset"):
+        envs.make(envs.EnvConfig()).step(IDLE)
+    with pytest.raises(TypeError):
+        gym.make("envs:PandaReach-v0", objct="box")
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environ})
+
+
+def test_imports_stay_light():
+    done = run("import envs, envs.check, envs.experts, envs.run, sys; assert not {'torch', 'worldmodel'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_gl_is_told_in_a_line_that_names_the_remedy():
+    code = """
+import envs
+env = envs.make(envs.EnvConfig())
+try:
+    env.reset(seed=0)
+except RuntimeError as error:
+    assert "\\n" not in str(error) and "libegl1" in str(error) and "MUJOCO_GL" in str(error)
+else:
+    raise SystemExit("drew without GL")
+"""
+    done = run(code, MUJOCO_GL="disable")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,127 @@
+"""Tasks and experts: what counts as success, and that the scripts earn it."""
+
+import numpy as np
+import pytest
+
+import envs
+from envs.experts import BEHAVIOURS, make_policy
+from envs.run import rollout
+from envs.scene import OBJECTS
+from envs.tasks import MIN_TRAVEL, TASKS, Achieved, Wanted
+
+pytestmark = pytest.mark.filterwarnings("error")
+TARGET = np.array([0.5, 0.0, 0.0225])
+
+
+def states(**fields) -> Achieved:
+    """Return a batch of states; what is not given is placed, at rest, untouched, hand 9 cm up, nothing held."""
+    count = max(len(np.atleast_2d(v)) if k in ("tcp", "object_pos") else len(np.atleast_1d(v)) for k, v in fields.items())
+    plain = {
+        "tcp": np.tile(TARGET + [0, 0, 0.09], (count, 1)),
+        "object_pos": np.tile(TARGET, (count, 1)),
+        "object_speed": np.zeros(count),
+        "touched": np.zeros(count, bool),
+        "grasped": np.zeros(count, bool),
+        "held_steps": np.zeros(count, int),
+    }
+    return Achieved(**{**plain, **{key: np.asarray(value) for key, value in fields.items()}})
+
+
+def judge(task: str, **fields) -> list[bool]:
+    return TASKS[task].success(states(**fields), Wanted(TARGET)).tolist()
+
+
+def test_pick_place_wants_all_of_it():
+    x = np.array([1.0, 0, 0])
+    assert judge("pick-place", object_pos=[TARGET, TARGET + 0.029 * x, TARGET + 0.031 * x]) == [True, True, False]
+    assert judge("pick-place", object_pos=[TARGET + [0, 0, 0.031], TARGET + [0.02, 0.02, 0.02]]) == [False, False]
+    assert judge("pick-place", object_speed=[0.0, 0.019, 0.021]) == [True, True, False]
+    assert judge("pick-place", touched=[False, True]) == [True, False]
+    assert judge("pick-place", tcp=[TARGET + [0, 0, 0.051], TARGET + [0, 0, 0.049]]) == [True, False]
+
+
+def test_reach_wants_two_centimetres():
+    x = np.array([1.0, 0, 0])
+    assert judge("reach", tcp=[TARGET + 0.019 * x, TARGET + 0.021 * x, TARGET + [0.015, 0.015, 0]]) == [True, False, False]
+
+
+def test_grasp_wants_a_second():
+    assert judge("grasp", grasped=[True, True, False], held_steps=[5, 4, 5]) == [True, False, False]
+
+
+def test_reach_with_object_wants_it_held():
+    x = np.array([1.0, 0, 0])
+    near = [TARGET, TARGET, TARGET + 0.031 * x]
+    assert judge("reach-with-object", object_pos=near, grasped=[True, False, True]) == [True, False, False]
+
+
+def test_success_is_batched_over_any_shape():
+    flat = states(object_pos=np.tile(TARGET, (6, 1)))
+    shaped = Achieved(**{k: getattr(flat, k).reshape(2, 3, *getattr(flat, k).shape[1:]) for k in flat.__dataclass_fields__})
+    for task in TASKS.values():
+        assert task.success(shaped, Wanted(TARGET)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("object", OBJECTS)
+def test_draws_are_fair(task, object):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        episode = TASKS[task].draw(object, rng)
+        start, target = episode.start, episode.wanted.target
+        if task != "grasp":
+            origin = start.tcp if task == "reach" else start.object_pos
+            assert np.linalg.norm(target - origin) >= MIN_TRAVEL
+        if task != "reach-with-object":
+            assert np.linalg.norm(start.tcp[:2] - start.object_pos[:2]) <= 0.121 and 0.1 <= start.tcp[2] <= 0.22
+        assert len(episode.subgoals) == {"pick-place": 3, "grasp": 2}.get(task, 1)
+
+
+@pytest.mark.parametrize("object", OBJECTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_expert_succeeds(task, object):
+    env = envs.make(envs.EnvConfig(task=task, object=object, render_goals=False, image_size=16))
+    for seed in range(6):
+        policy = make_policy("expert", env.config, np.random.default_rng(seed))
+        record = rollout(env, lambda obs, info, policy=policy: policy(info), seed)
+        assert record.success and len(record.actions) <= 22, f"seed {seed}"
+        assert not record.infos[0]["success"]
+    env.close()
+
+
+@pytest.mark.parametrize("level", ["mild", "strong"])
+def test_expert_succeeds_in_randomised_scenes(level):
+    env = envs.make(envs.EnvConfig(randomization=level, render_goals=False, image_size=16))
+    done = []
+    for seed in range(8):
+        policy = make_policy("expert", env.config, np.random.default_rng(seed))
+        done.append(rollout(env, lambda obs, info, policy=policy: policy(info), seed).success)
+    env.close()
+    assert sum(done) >= 7
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_behaviours_stay_in_bounds_and_repeat(behaviour):
+    env = envs.make(envs.EnvConfig(render_goals=False, image_size=16, stop_on_success=False, max_steps=15))
+    policies = [make_policy(behaviour, env.config, np.random.default_rng(3)) for _ in range(2)]
+    first, second = (rollout(env, lambda obs, info, policy=policy: policy(info), 3) for policy in policies)
+    env.close()
+    assert first.actions.shape == (15, 4) and np.abs(first.actions).max() <= 1
+    assert np.array_equal(first.actions, second.actions) and np.array_equal(first.obs["pixels"], second.obs["pixels"])
+
+
+def test_bad_data_has_what_goes_wrong():
+    """Failing and playing episodes show misses, drops and pushes, not successes alone."""
+    env = envs.make(envs.EnvConfig(render_goals=False, image_size=16, stop_on_success=False))
+    failing = [
+        rollout(env, lambda obs, info, policy=make_policy("failing", env.config, np.random.default_rng(s)): policy(info), s)
+        for s in range(8)
+    ]
+    env.close()
+    moved = [np.linalg.norm(np.diff(r.privileged("object_pos"), axis=0), axis=1).max() > 0.01 for r in failing]
+    assert sum(r.success for r in failing) <= 6 and any(moved)
+
+
+def test_unknown_behaviour_is_named():
+    with pytest.raises(ValueError, match="mixture"):
+        make_policy("dance", envs.EnvConfig(), np.random.default_rng(0))
