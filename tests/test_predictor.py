@@ -76,6 +76,13 @@ def test_cached_steps_agree_with_the_whole_window():
         torch.testing.assert_close(guess.proprio[:, 0], whole.proprio[:, t], atol=1e-4, rtol=1e-4)
 
 
+def test_merging_patches_is_exact_and_keeps_neighbours_together():
+    predictor, x = Predictor(SIZES), torch.randn(2, 3, 16, 48)
+    merged = predictor._merge(x)
+    assert merged.shape == (2, 3, 4, 192) and torch.equal(predictor._split(merged), x)
+    assert torch.equal(merged[0, 0, 1], x[0, 0, [2, 3, 6, 7]].flatten())
+
+
 def test_time_is_causal():
     predictor = noisy(Predictor(SIZES)).eval()
     now = Features(torch.randn(1, 4, 16, 48), torch.randn(1, 4, 7))

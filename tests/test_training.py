@@ -102,7 +102,7 @@ def test_folders_and_settings_are_guarded(data, tmp_path):
 def test_training_resumes_bit_exactly_and_learns_something(data, tmp_path):
     torch.manual_seed(0)
     encoder = VideoEncoder(TINY)
-    config = TrainConfig(embed_dim=24, depth=1, num_heads=1, batch=4, steps=5, transitions=3)
+    config = TrainConfig(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=5, transitions=3)
     whole = train(config, encoder, data, tmp_path / "whole", tmp_path / "cache")
     path = train(config, encoder, data, tmp_path / "parts", tmp_path / "cache", minutes=1e-9)
     for _ in range(10):

@@ -1,6 +1,7 @@
 """The action-conditioned predictor: h', s' = f(h, s, a, z), block-causal over time.
 
-Each frame is P patch tokens and one proprioception token. A frame looks at itself and at the frames before it
+Each frame is one proprioception token and P / merge^2 tokens, each of merge x merge neighbouring patches: CEM's time is
+the predictor's, and its time is its tokens'. A frame looks at itself and at the frames before it
 (V-JEPA 2-AC, arXiv 2506.09985, section 3.1); action and z modulate every layer (AdaLN, DiT, arXiv 2212.09748, which
 JEPA-WMs, arXiv 2512.24497, found best for this); positions are rotary. The next features are the present ones plus a
 learned change, layer-normed, so that standing still costs nothing.
@@ -30,9 +31,10 @@ class PredictorConfig:
     proprio_dim: int = 7
     action_dim: int = 4
     latent_dim: int = 8
-    embed_dim: int = 192
+    merge: int = 2  # a token holds merge x merge patches
+    embed_dim: int = 256
     depth: int = 4
-    num_heads: int = 3
+    num_heads: int = 4
     mlp_ratio: float = 4.0
     window: int = 3  # frames that a frame sees, itself included
     rope_base: float = 100.0
@@ -41,6 +43,8 @@ class PredictorConfig:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
         if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
             raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
+        if self.grid[0] % self.merge or self.grid[1] % self.merge:
+            raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}")
 
 
 class ModulatedBlock(nn.Module):
@@ -75,10 +79,10 @@ class Predictor(nn.Module):
     def __init__(self, config: PredictorConfig = PredictorConfig()) -> None:
         super().__init__()
         self.config = config
-        dim, rows_columns = config.embed_dim, config.grid[0] * config.grid[1]
-        self.patches = rows_columns
-        self.embed = nn.Linear(config.feature_dim, dim)
-        self.place = nn.Parameter(torch.zeros(rows_columns, dim))  # where a patch is: the camera does not move
+        dim, patches, merged = config.embed_dim, config.grid[0] * config.grid[1], config.merge**2
+        self.patches, self.tokens = patches, patches // merged + 1  # of one frame
+        self.embed = nn.Linear(config.feature_dim * merged, dim)
+        self.place = nn.Parameter(torch.zeros(self.tokens - 1, dim))  # where a token is: the camera does not move
         self.proprio_embed = nn.Linear(config.proprio_dim, dim)
         condition = config.action_dim + config.proprio_dim
         self.condition = nn.Sequential(nn.Linear(condition + config.latent_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -86,14 +90,14 @@ class Predictor(nn.Module):
             ModulatedBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.to_features = nn.Linear(dim, config.feature_dim)
+        self.to_features = nn.Linear(dim, config.feature_dim * merged)
         self.to_proprio = nn.Linear(dim, config.proprio_dim)
         initialise(self)
         nn.init.trunc_normal_(self.place, std=0.02)
         for head in (self.to_features, self.to_proprio, *(block.modulate for block in self.blocks)):
             nn.init.zeros_(head.weight)
-        self.prior = LatentHead(config.feature_dim, rows_columns, 1, condition, config.latent_dim)
-        self.posterior = LatentHead(config.feature_dim, rows_columns, 2, condition, config.latent_dim)
+        self.prior = LatentHead(config.feature_dim, patches, 1, condition, config.latent_dim)
+        self.posterior = LatentHead(config.feature_dim, patches, 2, condition, config.latent_dim)
         # Proprioception is normalised inside, by the mean and deviation of the training data.
         self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
         self.register_buffer("proprio_std", torch.ones(config.proprio_dim))
@@ -123,24 +127,36 @@ class Predictor(nn.Module):
         batch, steps = actions.shape[:2]
         proprio = self.normalise(now.proprio)
         condition = self.condition(torch.cat((actions, proprio, z), -1))[:, :, None]  # [B, T, 1, dim]
-        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(now.patches) + self.place), 2)
-        tokens = self.patches + 1
-        before = cache[0][0].shape[2] // tokens if cache else 0
+        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(self._merge(now.patches)) + self.place), 2)
+        before = cache[0][0].shape[2] // self.tokens if cache else 0
         by = self._rotation(start, steps, x.device)
         mask = self._mask(before, steps, x.device)
-        kept, keep = [], (self.config.window - 1) * tokens
+        kept, keep = [], (self.config.window - 1) * self.tokens
         for i, block in enumerate(self.blocks):
             x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
             kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
         x = self.norm(x)
-        change = self.to_features(x[:, :, 1:])
+        change = self._split(self.to_features(x[:, :, 1:]))
         patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
         moved = proprio + self.to_proprio(x[:, :, 0])
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
 
+    def _merge(self, patches: Tensor) -> Tensor:
+        """[B, T, P, D] -> [B, T, tokens - 1, merge^2 * D]."""
+        (rows, columns), m = self.config.grid, self.config.merge
+        x = patches.unflatten(2, (rows // m, m, columns // m, m)).transpose(3, 4)
+        return x.flatten(4).flatten(2, 3)  # [B, T, r, c, m * m * D] -> tokens
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """The inverse of `_merge`."""
+        (rows, columns), m = self.config.grid, self.config.merge
+        x = tokens.unflatten(3, (m, m, -1)).unflatten(2, (rows // m, columns // m))
+        return x.transpose(3, 4).flatten(2, 5)
+
     def _rotation(self, start: int, steps: int, device: torch.device) -> Rotation:
         """Rotary positions of all tokens; the proprioception token has a time but no place."""
-        where = positions(steps, self.config.grid, device).unflatten(0, (steps, -1))  # [T, P, 3]
+        grid = self.config.grid[0] // self.config.merge, self.config.grid[1] // self.config.merge
+        where = positions(steps, grid, device).unflatten(0, (steps, -1))  # [T, tokens - 1, 3]
         own = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
         where = torch.cat((own, where), 1).flatten(0, 1)
         where[:, 0] += start
@@ -153,8 +169,7 @@ class Predictor(nn.Module):
         row = torch.arange(before, before + steps, device=device)[:, None]
         column = torch.arange(before + steps, device=device)[None]
         seen = (column <= row) & (column > row - self.config.window)
-        tokens = self.patches + 1
-        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
 
 
 def _refuse(before: int, window: int) -> None:

@@ -52,7 +52,8 @@ class AttentiveProbe(nn.Module):
     def __init__(self, patches: int, features: int, out: int, heads: int = 12) -> None:
         super().__init__()
         self.heads, width = heads, 16 * heads
-        self.norm = nn.LayerNorm(features)
+        self.register_buffer("centre", torch.zeros(features))  # features are standardised, not layer-normed: size may matter
+        self.register_buffer("scale", torch.ones(features))
         self.place = nn.Parameter(0.02 * torch.randn(patches, features))
         self.score = nn.Linear(features, heads)
         self.value = nn.Parameter(torch.randn(heads, features, 16) * features**-0.5)
@@ -61,7 +62,7 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, P, D] -> [B, out]."""
-        x = self.norm(features) + self.place
+        x = (features - self.centre) / self.scale + self.place
         weight = self.score(x).softmax(1)  # [B, P, heads]
         pooled = torch.einsum("bph,bpd->hbd", weight, x)
         y = torch.bmm(pooled, self.value).transpose(0, 1).flatten(1)
@@ -74,7 +75,10 @@ def attentive(train: Tensor, targets: Tensor, test: Tensor, weight: Tensor, epoc
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.shape[1], train.shape[2], targets.shape[1])
-    steps, batch = epochs * (len(train) // 256), 256
+    some = train[:: max(1, len(train) // 2000)].float().flatten(0, 1)
+    probe.centre.copy_(some.mean(0))
+    probe.scale.copy_(some.std(0).clamp_min(1e-3))
+    steps, batch = epochs * max(1, len(train) // 256), 256
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)

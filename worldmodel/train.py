@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """A training recipe; its fields, the encoder and the data decide the weights."""
 
-    embed_dim: int = 192
+    merge: int = 2
+    embed_dim: int = 256
     depth: int = 4
-    num_heads: int = 3
+    num_heads: int = 4
     latent_dim: int = 8
     window: int = 3
     transitions: int = 4  # per clip
@@ -153,7 +154,7 @@ def train(
     first = frames["train"]
     sizes = PredictorConfig(
         feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=first.proprio.shape[1],
-        action_dim=first.actions.shape[1], latent_dim=config.latent_dim, embed_dim=config.embed_dim,
+        action_dim=first.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
         depth=config.depth, num_heads=config.num_heads, window=config.window,
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -29,11 +29,13 @@ class Config:
     """go on with the run in --out"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
-    embed_dim: int = 192
+    merge: int = 2
+    """a token of the predictor holds merge x merge patches"""
+    embed_dim: int = 256
     """width of the predictor"""
     depth: int = 4
     """blocks of the predictor"""
-    num_heads: int = 3
+    num_heads: int = 4
     """attention heads of the predictor"""
     latent_dim: int = 8
     """numbers in z"""
@@ -53,7 +55,7 @@ class Config:
     """seed of weights, clips and z"""
 
     def __post_init__(self):
-        for name in ("threads", "embed_dim", "depth", "num_heads", "latent_dim", "window", "transitions", "rollout", "batch", "steps"):
+        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "latent_dim", "window", "transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.minutes is not None and self.minutes <= 0:

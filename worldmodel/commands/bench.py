@@ -1,0 +1,307 @@
+"""Let a policy act in a task and count its successes.
+
+An episode succeeds, and ends, at the first step at which the task's strict criterion holds; it fails after --max-steps.
+Episode i has seed + i. Writes OUT/results.json (config, episodes, summary) when all are done; until then finished ones lie
+in OUT/episodes.jsonl, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from worldmodel import data
+
+BUDGETS = {  # samples, iterations, elites, horizon
+    "planner": (128, 4, 16, 2),
+    "simulator": (48, 3, 8, 2),
+}
+NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to play, who plays, and where the results go."""
+
+    out: Path
+    """folder of the results; one that holds a part of the same run is completed"""
+    task: Literal["reach", "grasp", "reach-with-object", "pick-place"] = "pick-place"
+    """what to do"""
+    object: Literal["box", "cup"] = "box"
+    """what to do it with"""
+    goal: Literal["subgoals", "final"] = "subgoals"
+    """what a planning policy is shown: pictures of all sub-goals, or of the goal alone"""
+    policy: Literal["planner", "simulator", "expert", "random", "nothing"] = "planner"
+    """who acts; planner: with the world model; simulator: the same with the true dynamics; expert: scripted"""
+    episodes: int = 20
+    """number of episodes"""
+    seed: int = 10_000
+    """seed of the first episode"""
+    model: Path | None = None
+    """model.safetensors; for the simulator an encoder.safetensors will do (default: the shipped weights)"""
+    goal_proprio: bool = False
+    """also tell the proprioception of the goals"""
+    video: int = 0
+    """how many episodes to show as animated WebP beside the results"""
+    workers: int = 1
+    """number of processes; changes no result"""
+    threads: int = 1
+    """processor threads of each"""
+    max_steps: int = 40
+    """steps of 0.2 s until an episode has failed"""
+    cameras: tuple[str, ...] = ("front",)
+    """views, as the model was trained with"""
+    randomization: Literal["none", "mild", "strong"] = "none"
+    """how much cameras, colours, light, mass and friction vary between episodes"""
+    planner: Literal["cem", "icem", "mppi"] = "cem"
+    """how to search"""
+    samples: int | None = None
+    """candidate plans per iteration (default: 128; simulator: 48)"""
+    iterations: int | None = None
+    """refinements of a plan (default: 4; simulator: 3)"""
+    elites: int | None = None
+    """candidates that are refined (default: 16; simulator: 8)"""
+    horizon: int | None = None
+    """length of a plan (steps) (default: 2)"""
+    replan: int = 1
+    """actions that are run of a plan (steps)"""
+    std: float = 0.6
+    """of the first candidates, in units of an action"""
+    gripper: Literal["categorical", "gaussian"] = "categorical"
+    """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
+    samples_z: int = 0
+    """imagined futures of each candidate; 0: the one of the prior's mean"""
+    energy: Literal["last", "sum"] = "sum"
+    """of the last imagined frame, or of all of them"""
+    distance: Literal["l1", "l2", "cosine"] = "l1"
+    """of features"""
+    proprio_weight: float = 0.3
+    """of proprioception in the energy, with --goal-proprio"""
+    subgoal_steps: tuple[int, ...] = ()
+    """steps until the next sub-goal's turn (default: 4 10 4 for three sub-goals, else 8 each)"""
+    switch_energy: float | None = None
+    """energy at which the next sub-goal's turn comes; it belongs to a model (default: by steps alone)"""
+
+    def __post_init__(self):
+        for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+        for name in ("seed", "video", "samples_z", "proprio_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+
+
+def run(config: Config) -> dict:
+    """Play what is missing, and return the config and the summary."""
+    from worldmodel.commands.policies import Player
+
+    config = resolved(config)
+    player = Player(config)  # notices what is wrong before anything is written
+    player.env.reset(seed=config.seed)
+    with _owned(config.out) as folder:
+        log = Log.open(folder / "episodes.jsonl", _identity(config))
+        seeds = range(config.seed, config.seed + config.episodes)
+        missing = [seed for seed in seeds if seed not in log.episodes]
+        bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc=f"bench {config.policy}", unit="episode")
+        with bar, contextlib.closing(_played(config, player, missing)) as played:
+            for episode in played:
+                log.append(episode)
+                bar.update()
+                successes = sum(e["success"] for e in log.episodes.values())
+                bar.set_postfix_str(f"{successes} of {len(log.episodes)} successes")
+        player.close()
+        episodes = [log.episodes[seed] for seed in seeds]
+        result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
+        with data.replacing(folder / "results.json") as file:
+            file.write(json.dumps(result, indent=1).encode())
+    return result["summary"]
+
+
+def report(result: dict) -> str:
+    """The same for people."""
+    low, high = result["success_ci95"]
+    seconds = result["decision_seconds"]
+    rows = {
+        "task": f"{result['task']}, {result['object']}",
+        "policy": result["policy"],
+        "goal": result["goals"],
+        "success": f"{result['success_rate']:.1%}  [{low:.1%}, {high:.1%}]  {result['successes']} of {result['episodes']}",
+        "unsafe": f"{result['unsafe_rate']:.1%} of the episodes  "
+        + ", ".join(f"{name} {count}" for name, count in result["unsafe_events"].items()),
+        "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
+        "distance": f"{1000 * result['final_distance']:.0f} mm at the end, of {1000 * result['initial_distance']:.0f} (medians)",
+        "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile",
+        "out": result["out"],
+    }
+    return "\n".join(f"{name:10}{text}".rstrip() for name, text in rows.items() if text)
+
+
+def resolved(config: Config) -> Config:
+    """The config with the defaults that depend on the policy, and the file of the model."""
+    from worldmodel import model
+
+    names = ("samples", "iterations", "elites", "horizon")
+    budget = dict(zip(names, BUDGETS.get(config.policy, BUDGETS["planner"])))
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    filled = {**budget, **given}
+    if "elites" not in given:
+        filled["elites"] = min(filled["elites"], filled["samples"])
+    return dataclasses.replace(config, **filled, model=config.model or model.shipped())
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson 1927)."""
+    rate, n = successes / trials, trials
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def summary(config: Config, episodes: list[dict]) -> dict:
+    """The figures over all episodes."""
+    successes = [e for e in episodes if e["success"]]
+    seconds = np.concatenate([e["decision_seconds"] for e in episodes])
+    events = [u["event"] for e in episodes for u in e["unsafe"]]
+    planned = config.policy in BUDGETS
+    shown = "pictures and proprioception" if config.goal_proprio else "pictures alone"
+    return {
+        "task": config.task,
+        "object": config.object,
+        "policy": config.policy,
+        "goals": f"{config.goal}, {shown}" if planned else "privileged state" if config.policy == "expert" else "none",
+        "episodes": len(episodes),
+        "successes": len(successes),
+        "success_rate": len(successes) / len(episodes),
+        "success_ci95": list(wilson(len(successes), len(episodes))),
+        "unsafe_rate": sum(bool(e["unsafe"]) for e in episodes) / len(episodes),
+        "unsafe_events": {name: events.count(name) for name in sorted(set(events))},
+        "grasp_rate": sum(e["grasped"] for e in episodes) / len(episodes),
+        "steps_to_success": float(np.mean([e["steps"] for e in successes])) if successes else None,
+        "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
+        "final_distance": float(np.median([e["final_distance"] for e in episodes])),
+        "decision_seconds": {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
+        "out": str(config.out),
+    }
+
+
+def _identity(config: Config) -> dict:
+    """What the results depend on, as JSON gives it back."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
+    planned = config.policy in BUDGETS
+    fields["model"] = str(config.model) if planned else None
+    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16] if planned else None
+    return json.loads(json.dumps(fields))
+
+
+@dataclass
+class Log:
+    """Finished episodes on disk: a line with the config, then one for each episode."""
+
+    path: Path
+    episodes: dict[int, dict]  # by seed
+
+    @classmethod
+    def open(cls, path: Path, identity: dict) -> Log:
+        """Start a log, or go on with that of the same run; raises FileExistsError where the folder holds something else."""
+        folder = path.parent
+        data.remove_leftovers(folder)
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
+        if not lines:
+            if others := sorted(p.name for p in folder.iterdir() if p != path):
+                raise FileExistsError(f"{folder} holds {others[0]}, which is not of this benchmark; choose another --out")
+            log = cls(path, {})
+            path.write_bytes(b"")
+            log._write({"config": identity})
+            return log
+        try:
+            there, *episodes = [json.loads(line) for line in lines]
+            there, episodes = there["config"], {episode["seed"]: episode for episode in episodes}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged; delete it to start anew, or choose another --out") from None
+        keys = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
+        if keys:
+            told = ", ".join(f"{key} {there.get(key)} instead of {identity.get(key)}" for key in keys)
+            raise FileExistsError(f"{folder} holds another run, with {told}; choose another --out")
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+        return cls(path, episodes)
+
+    def append(self, episode: dict) -> None:
+        """Keep a finished episode."""
+        self._write(episode)
+        self.episodes[episode["seed"]] = episode
+
+    def _write(self, value: dict) -> None:
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(value).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[Path]:
+    """The folder, made if need be, while no other process writes into it."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise FileExistsError(f"another bench is writing to {folder}; wait for it or choose another --out") from None
+    finally:
+        os.close(handle)
+
+
+def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
+    """Play the episodes of these seeds, here or in worker processes; yields each when it is over."""
+    if config.workers == 1 or len(seeds) < 2:
+        for seed in seeds:
+            yield _play(config, player, seed)
+        return
+    from worldmodel.commands.collect import _end_with_parent
+
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # of the workers to come
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(config.workers, len(seeds)), context, _end_with_parent)
+    try:
+        for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_players: dict = {}  # of this worker process: the one it plays with
+
+
+def _play_there(config: Config, seed: int) -> dict:
+    from worldmodel.commands.policies import Player
+
+    if config not in _players:
+        _players[config] = Player(config)
+    return _play(config, _players[config], seed)
+
+
+def _play(config: Config, player, seed: int) -> dict:
+    """Play one episode, and film it where it is one of the first."""
+    from worldmodel.commands.film import write_film
+
+    episode, film = player.play(seed)
+    if seed - config.seed < config.video:
+        write_film(config.out / f"episode-{seed}.webp", film)
+    return episode

@@ -1,0 +1,174 @@
+"""Who acts in a benchmark, and one episode of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import envs
+from envs import run
+from envs.experts import make_policy
+from planners.agent import Agent, AgentConfig
+from planners.sampling import SamplingConfig, SamplingPlanner
+from worldmodel import model
+from worldmodel.checkpoint import load_tensors
+from worldmodel.commands.film import Film
+from worldmodel.commands.simulator import SimulatorModel
+from worldmodel.energy import EnergyConfig, GoalEnergy
+from worldmodel.pretrain import load_encoder
+
+SCRIPTED = ("expert", "random", "nothing")
+PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
+
+
+class Player:
+    """Plays episodes of a benchmark; `config` is that of `worldmodel bench`, with every field filled in."""
+
+    def __init__(self, config) -> None:
+        self.config = config
+        torch.set_num_threads(config.threads)
+        self._model = None if config.policy in SCRIPTED else load(config.model, config.policy)
+        self.env = envs.make(env_config(config, self._model))
+        self._agent = None if self._model is None else self._make_agent()
+
+    def play(self, seed: int) -> tuple[dict[str, Any], Film]:
+        """Play the episode of a seed: what results.json says of it, and its film."""
+        steps: list[dict[str, Any]] = []
+        act = self._scripted(seed, steps) if self._agent is None else self._planned(seed, steps)
+        record = run.rollout(self.env, act, seed)
+        return _entry(self.config, record, steps), _film(self.config, record, steps)
+
+    def close(self) -> None:
+        """Free what the environments hold."""
+        self.env.close()
+        if isinstance(getattr(self._agent, "model", None), SimulatorModel):
+            self._agent.model.close()
+
+    def _scripted(self, seed: int, steps: list) -> run.Act:
+        # Another stream of numbers than the scene's.
+        policy = make_policy(self.config.policy, self.env.config, np.random.default_rng((seed, 1)))
+
+        def act(obs, info):
+            start = time.perf_counter()
+            action = policy(info)
+            steps.append({"seconds": time.perf_counter() - start, "subgoal": 0, "energy": None})
+            return action
+
+        return act
+
+    def _planned(self, seed: int, steps: list) -> run.Act:
+        agent, goals_of = self._agent, goals(self.config)
+
+        def act(obs, info):
+            if not steps:
+                agent.reset(goals_of(info), seed)
+            action = agent.act(obs)
+            last = agent.last
+            steps.append({"seconds": last.seconds, "subgoal": last.subgoal, "energy": last.observed})
+            return action
+
+        return act
+
+    def _make_agent(self) -> Agent:
+        config = self.config
+        energy = EnergyConfig(
+            config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=PROPRIO_SCALE
+        )
+        names = ("samples", "iterations", "elites", "std", "gripper")
+        planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
+        simulated = config.policy == "simulator"
+        world = self._model
+        if simulated:
+            world = SimulatorModel(self._model, self.env, "last" if config.energy == "last" else "all")
+        look = AgentConfig(
+            config.horizon, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
+            subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy,
+        )  # fmt: skip
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look)
+
+
+def load(path: Path, policy: str) -> nn.Module:
+    """The model of a file; for the simulator its encoder, or the encoder of an encoder's file."""
+    if policy != "simulator":
+        return model.load(path)
+    try:
+        load_tensors(path, "encoder")
+    except ValueError:
+        return model.load(path).encoder
+    return load_encoder(path)
+
+
+def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
+    """The environment that shows what a model was trained on, or the default one. Raises ValueError where none does."""
+    made = envs.EnvConfig(
+        config.task, config.object, cameras=config.cameras, max_steps=config.max_steps, randomization=config.randomization
+    )
+    if world is None:
+        return made
+    encoder = getattr(world, "encoder", world).config
+    if encoder.views != len(config.cameras):
+        raise ValueError(f"{config.model} looks through {encoder.views} cameras, got {', '.join(config.cameras)}; name as many")
+    made = replace(made, image_size=encoder.image_size)
+    if getattr(world, "action_dim", made.action_dim) != made.action_dim:
+        made = replace(made, action_dim=world.action_dim)
+    return made
+
+
+def goals(config) -> Callable[[dict], list[dict]]:
+    """What a policy is told of an info: the goal or the sub-goals, as pictures alone unless goal_proprio."""
+    keys = ("pixels", "proprio") if config.goal_proprio else ("pixels",)
+
+    def goals_of(info):
+        wanted = info["subgoals"] if config.goal == "subgoals" else [info["goal"]]
+        return [{key: goal[key] for key in keys} for goal in wanted]
+
+    return goals_of
+
+
+def distance(task: str, info: dict) -> float:
+    """Metres that remain: of the hand to its target in reach, else of the object to its own."""
+    thing = info["privileged/tcp_pos" if task == "reach" else "privileged/object_pos"]
+    return float(np.linalg.norm(thing - info["privileged/target_pos"]))
+
+
+def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
+    """What results.json says of an episode."""
+    unsafe = [
+        {"step": t, "event": event, "value": round(float(value), 4)}
+        for t, info in enumerate(record.infos)
+        for event, value in info["unsafe"].items()
+    ]
+    return {
+        "seed": record.seed,
+        "task": config.task,
+        "object": config.object,
+        "success": bool(record.success),
+        "steps": len(record.actions),
+        "initial_distance": round(distance(config.task, record.infos[0]), 4),
+        "final_distance": round(distance(config.task, record.infos[-1]), 4),
+        "grasped": bool(any(info["privileged/grasped"] for info in record.infos)),
+        "unsafe": unsafe,
+        "subgoal": [step["subgoal"] for step in steps],
+        "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
+        "decision_seconds": [round(step["seconds"], 5) for step in steps],
+    }
+
+
+def _film(config, record: run.Record, steps: list[dict]) -> Film:
+    pictures = [goal["pixels"] for goal in (record.subgoals if config.goal == "subgoals" else [record.goal])]
+    planned = config.policy not in SCRIPTED
+    return Film(
+        record.obs["pixels"],
+        pictures if planned else [record.goal["pixels"]],
+        [step["subgoal"] for step in steps],
+        [step["energy"] for step in steps],
+        f"seed {record.seed}",
+        "success" if record.success else "failed",
+    )

@@ -1,0 +1,82 @@
+"""The true dynamics behind the world model's interface: what a planner would do if its model made no mistake.
+
+With the same rendered and encoded energy as for a learned model, it separates errors of the planner and the energy from
+errors of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+import envs
+from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
+
+
+class SimulatorModel:
+    """Tries every candidate in a copy of an environment, from its present state, and encodes what the copy shows.
+
+    `env` is the one that is being controlled; it is read, never touched. With frames "last" only the last frame of each
+    candidate is drawn and encoded, the others are NaN: for an energy that looks at nothing else. z is ignored.
+    """
+
+    latent_dim = 1
+    max_context = 1
+
+    def __init__(self, encoder: Encoder, env: envs.PandaEnv, frames: Literal["all", "last"] = "all") -> None:
+        self.encoder, self.env, self.frames = encoder, env, frames
+        self.action_dim = env.config.action_dim
+        self.copy = envs.make(replace(env.config, render_goals=False))
+
+    def encode(self, obs: Obs) -> Features:
+        """Patch features of obs["pixels"], and obs["proprio"] where it is there."""
+        proprio = obs.get("proprio")
+        patches = self.encoder.encode(to_tensor(np.asarray(obs["pixels"])))
+        return Features(patches, None if proprio is None else to_tensor(np.asarray(proprio), torch.float32))
+
+    def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """Zeros [*shape, 1]: the simulator is deterministic."""
+        return torch.zeros(*shape, self.latent_dim)
+
+    @torch.no_grad()
+    def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
+        """What follows from the environment's present state; of the context only B = 1 is read.
+
+        actions [1, N, H, A], z [1, N, K, H, 1] -> patches [1, N, K, H, P, D], proprio [1, N, K, H, S]; all K are equal.
+        Raises ValueError for more than one problem: there is one environment.
+        """
+        if actions.dim() != 4 or len(actions) != 1 or actions.shape[-1] != self.action_dim:
+            raise ValueError(f"expected actions [1, N, H, {self.action_dim}] of one problem, got {list(actions.shape)}")
+        (_, n, horizon, _), k = actions.shape, z.shape[2]
+        drawn = range(horizon) if self.frames == "all" else range(horizon - 1, horizon)
+        pixels, proprio = self._try(actions[0].double().numpy(force=True), drawn)
+        seen = self.encoder.encode(torch.from_numpy(pixels))  # [N, H drawn, P, D]
+        patches = seen.new_full((n, horizon, *seen.shape[2:]), torch.nan)
+        patches[:, drawn.start :] = seen
+        features = Features(patches, torch.from_numpy(proprio))
+        return Features(*(x[None, :, None].expand(1, n, k, *x.shape[1:]) for x in features))
+
+    def close(self) -> None:
+        """Free the copy's GL context."""
+        self.copy.close()
+
+    def _try(self, plans: np.ndarray, drawn: range) -> tuple[np.ndarray, np.ndarray]:
+        """Run plans [N, H, A]: the pixels [N, len(drawn), h, w, 3] of the steps to draw, and proprio [N, H, S]."""
+        copy, state = self.copy, self.env.get_state()
+        pixels, proprio = [], []
+        for plan in plans:
+            copy.set_state(state)
+            for h, action in enumerate(plan):
+                for _ in copy.controller.step(np.clip(action, -1, 1)):
+                    pass
+                mujoco.mj_forward(copy.scene.model, copy.scene.data)
+                proprio.append(copy.proprio())
+                if h in drawn:
+                    pixels.append(copy.scene.render().copy())
+        shape = (len(plans), len(drawn), *pixels[0].shape)
+        return np.stack(pixels).reshape(shape), np.stack(proprio).reshape(*plans.shape[:2], -1)
