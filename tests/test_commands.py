@@ -298,10 +298,10 @@ def test_without_gl_library_one_line_says_what_to_install(tmp_path):
 def test_failure_that_is_no_bad_input_shows_its_traceback(tmp_path, capfd, monkeypatch):
     from worldmodel.commands import collect
 
-    def fail(config):
+    def fail(config, folder):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(collect, "_try_out", fail)
+    monkeypatch.setattr(collect, "_begin", fail)
     assert cli.main(words("collect", "--preset", "debug", "--out", tmp_path / "set")) == 1
     out, err = capfd.readouterr()
     assert out == "" and "Traceback" in err and "ZeroDivisionError: ours" in err
@@ -443,3 +443,42 @@ def test_probe_tells_all_errors(encoder, tmp_path, capfd):
     for path, expected in damaged_weights(encoder, tmp_path).items():
         assert expected in refuse(capfd, "probe", "--preset", "debug", "--encoder", path)
     assert "frames is 0" in refuse(capfd, "probe", "--preset", "debug", "--frames", 0)
+
+
+# Bench
+
+
+@needs("bench")
+@pytest.mark.parametrize("policy", ["planner", "simulator", "expert", "random", "nothing"])
+def test_bench_of_every_policy(policy, model, tmp_path, capfd):
+    args = words("bench", "--preset", "debug", "--model", model, "--policy", policy, "--out", tmp_path / "bench")
+    assert cli.main([*args, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert 0 <= told["success_ci95"][0] <= told["success_rate"] <= told["success_ci95"][1] <= 1
+    assert told["decision_seconds"]["median"] <= told["decision_seconds"]["p95"] and told["unsafe_rate"] >= 0
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert set(results) == {"config", "episodes", "summary"} and results["summary"] == told
+    assert cli.main(words("show", tmp_path / "bench", "--out", tmp_path / "rates.png")) == 0
+
+
+@needs("bench")
+def test_bench_refuses_bad_input(model, tmp_path, capfd):
+    args = ("bench", "--preset", "debug", "--model", model)
+    out = ("--out", tmp_path / "bench")
+    for flags, expected in {
+        "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
+        "--object spoon": "'box', 'cup'",
+        "--policy magic": "'planner', 'simulator'",
+        "--goal none": "'subgoals', 'final'",
+        "--episodes 0": "episodes is 0",
+        "--episodes -1": "episodes is -1",
+        "--samples 0": "samples is 0",
+        "--seed -1": "seed is -1",
+    }.items():
+        assert expected in refuse(capfd, *args, *flags.split(), *out)
+    for path, expected in damaged_weights(model, tmp_path).items():
+        assert expected in refuse(capfd, "bench", "--preset", "debug", "--model", path, *out)
+    assert not (tmp_path / "bench").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert "notes.txt" in refuse(capfd, *args, "--out", tmp_path / "other")

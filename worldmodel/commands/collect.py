@@ -75,14 +75,15 @@ class Config:
 def run(config: Config) -> dict:
     """Collect what is missing of the dataset, and return what it holds and how fast it grew."""
     start, steps = time.perf_counter(), 0
-    _try_out(config)
-    with _owned(config.out) as folder:
+    _refuse_another(config)
+    with _workers(config) as pool, _owned(config.out) as folder:
+        _refuse_another(config)  # who held the folder until now may have written there
         _begin(config, folder)
         missing = _missing(config, folder)
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc="collect", unit="episode")
-        with bar, contextlib.closing(_collected(config, folder, missing)) as collected:
-            for taken in collected:
-                steps += taken
+        with bar:
+            for future in as_completed([pool.submit(_collect, config, folder, i) for i in missing]):
+                steps += future.result()
                 bar.update()
                 bar.set_postfix_str(f"{steps / (time.perf_counter() - start):.0f} steps/s")
         seconds = time.perf_counter() - start
@@ -99,18 +100,42 @@ def report(result: dict) -> str:
     ).format(**result)
 
 
+@contextlib.contextmanager
+def _workers(config: Config) -> Iterator[ProcessPoolExecutor]:
+    """Processes that have their environment and have drawn with it; what fails, fails before anything is written."""
+    count = min(config.workers, config.episodes)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        with _environment("OMP_NUM_THREADS", "1"):  # which a worker reads when it starts
+            tried = [pool.submit(_try_out, config) for _ in range(count)]
+        for future in tried:
+            if error := future.exception():
+                raise type(error)(str(error)) from error
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable that processes started inside inherit."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
 def _try_out(config: Config) -> None:
-    """Notice what would fail in the workers, before anything is written."""
-    env = _env(config, OBJECTS[config.object][0])
-    env.reset(seed=config.seed)
-    env.close()
+    """Make this worker's environments and draw once."""
+    for object in OBJECTS[config.object]:
+        _env(config, object).reset(seed=config.seed)
 
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[Path]:
     """The folder, made if need be, while no other process collects into it."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -122,20 +147,31 @@ def _owned(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def _refuse_another(config: Config) -> None:
+    """Raise FileExistsError where --out holds something else than a part of this dataset."""
+    folder = config.out
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    if not (folder / "dataset.json").exists():
+        if others := sorted(path.name for path in folder.iterdir() if not data.is_leftover(path)):
+            raise FileExistsError(f"{folder} holds {others[0]}, which is not of a dataset; choose another --out")
+        return
+    recipe = data.read_recipe(folder)
+    there = {"episodes": recipe["episodes"], **recipe["config"]}
+    wanted = {"episodes": config.episodes, **_recipe(config)}
+    others = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
+    if others:
+        differences = ", ".join(f"{key} {there.get(key)} instead of {wanted.get(key)}" for key in others)
+        raise FileExistsError(f"{folder} holds another dataset, with {differences}; choose another --out")
+
+
 def _begin(config: Config, folder: Path) -> None:
-    """Write the recipe, or find the same one; raises FileExistsError where the folder holds something else."""
+    """Remove what a killed collect has left, and write the recipe where there is none."""
     data.remove_leftovers(folder)
     if not (folder / "dataset.json").exists():
-        if others := sorted(path.name for path in folder.iterdir()):
-            raise FileExistsError(f"{folder} holds {others[0]}, which is not of a dataset; choose another --out")
         data.write_recipe(folder, _command(config), _recipe(config), config.episodes)
-        return
-    there = data.read_recipe(folder)
-    there = {"episodes": there["episodes"], **there["config"]}
-    wanted = {"episodes": config.episodes, **_recipe(config)}
-    differences = [f"{key} {there.get(key)} instead of {wanted.get(key)}" for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
-    if differences:
-        raise FileExistsError(f"{folder} holds another dataset, with {', '.join(differences)}; choose another --out")
 
 
 def _recipe(config: Config) -> dict:
@@ -162,20 +198,6 @@ def _missing(config: Config, folder: Path) -> list[int]:
     for path in set(there) - sound:
         log.warning("%s is damaged; collecting it again", path)
     return [i for i, path in enumerate(paths) if path not in sound]
-
-
-def _collected(config: Config, folder: Path, indices: list[int]) -> Iterator[int]:
-    """Collect these episodes in worker processes; yields the steps of each that is complete."""
-    if not indices:
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers to come
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(config.workers, len(indices)), context, _end_with_parent)
-    try:
-        for future in as_completed([pool.submit(_collect, config, folder, i) for i in indices]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
