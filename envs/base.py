@@ -21,9 +21,10 @@ from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 OBJECT_FORCE_LIMIT = 100.0  # N, on the object from any one body; a firm grip is 50, fingers closing on a cup up to 95
 TABLE_FORCE_LIMIT = 60.0  # N
 DROP_HEIGHT = 0.05  # m
+SETTLE_SECONDS = 0.1
 JOINT_MARGIN = 0.01  # rad
-_LOW = np.array([-1.0, -1.0, -0.2, -np.pi, -np.pi, -np.pi, -0.01], np.float32)
-_HIGH = np.array([1.0, 1.0, 1.2, np.pi, np.pi, np.pi, 0.1], np.float32)
+_LOW = np.array([-1.0, -1.0, -0.2, -np.pi, -np.pi, -np.pi, -0.05], np.float32)
+_HIGH = np.array([1.0, 1.0, 1.2, np.pi, np.pi, np.pi, 0.13], np.float32)
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class PandaEnv(gym.Env):
         joints = self.controller.joints_at(pose.tcp)
         self.scene.place(joints, pose.opening, pose.object_pos, pose.object_quat)
         self.controller.settle(pose.tcp, joints, pose.command)
-        mujoco.mj_step(self.scene.model, self.scene.data, 20)
+        mujoco.mj_step(self.scene.model, self.scene.data, round(SETTLE_SECONDS / self.scene.model.opt.timestep))
         mujoco.mj_forward(self.scene.model, self.scene.data)
         self._held_steps = 0
         self._top = self.scene.object_pos[2]
