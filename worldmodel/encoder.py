@@ -205,7 +205,7 @@ class VideoEncoder(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, batch: int = 256) -> Tensor:
+    def encode(self, pixels: Tensor, batch: int = 64) -> Tensor:
         """Layer-normed features of single frames: uint8 [..., h, w, 3] -> float32 [..., P, D]; runs as frozen."""
         if pixels.dim() < 3:
             raise ValueError(f"expected pixels [..., h, w, 3], got {list(pixels.shape)}")

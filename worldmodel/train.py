@@ -68,7 +68,7 @@ def identify(encoder: VideoEncoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached_features(encoder: VideoEncoder, data: Dataset, folder: Path, batch: int = 512) -> np.ndarray:
+def cached_features(encoder: VideoEncoder, data: Dataset, folder: Path, batch: int = 64) -> np.ndarray:
     """Features float16 [F, P, D] of all frames, memory-mapped from `folder`, where the first call puts them."""
     path = folder / f"features-{identify(encoder)}-{data.fingerprint}.npy"
     shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)

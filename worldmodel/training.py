@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +33,6 @@ class Run:
         self, out: Path, kind: str, config: dict, modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps: int,
         minutes: float | None, resume: bool,
     ) -> None:  # fmt: skip
-        keep_memory()
         self.out, self.kind, self.config, self.modules, self.optimizer = out, kind, config, modules, optimizer
         self.steps, self.minutes, self.step, self.seconds = steps, minutes, 0, 0.0
         self.file = out / "checkpoint.safetensors"
@@ -107,15 +104,6 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.seconds = about["step"], about["seconds"]
         logger.info("resuming %s at step %d of %d", self.out, self.step, self.steps)
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed buffers; giving each back and faulting it in again costs half of a CPU training's time."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def optimizer_for(modules: nn.Module, weight_decay: float) -> torch.optim.AdamW:
