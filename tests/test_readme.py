@@ -1,0 +1,128 @@
+"""The README's code runs, its commands parse, and the files that it names are there."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldmodel import data, model
+from worldmodel.commands import cli
+from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.predictor import Predictor, PredictorConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The words of every shell command, without comments and the virtual environment's folder."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in found if words]
+
+
+COMMANDS = commands()
+LOOP, RECORDER = blocks("python")
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
+def test_commands_parse(words):
+    shared, flags = cli._shared_flags(words[2:])
+    module = importlib.import_module(f"worldmodel.commands.{words[1]}")
+    assert isinstance(cli.parse(words[1], module, flags, shared.preset), module.Config)
+
+
+def test_every_command_is_shown_and_nothing_else_is_called():
+    assert {words[1] for words in COMMANDS if words[0] == "worldmodel"} == set(cli.COMMANDS)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert all(words[1] in targets for words in COMMANDS if words[0] == "make")
+    assert {words[0] for words in COMMANDS} == {"worldmodel", "make"}
+
+
+def test_named_files_and_targets_exist():
+    for name in set(re.findall(r"`([\w/.-]+/|[\w/-]+\.(?:py|txt|toml))`", README)) - {"privileged/"}:
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"`make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    for script in re.findall(r"`python ([\w/.]+)`", README):
+        assert (ROOT / script).exists(), script
+
+
+def tiny(folder: Path) -> Path:
+    """A model that has learned nothing, for pictures of the default size."""
+    encoder = EncoderConfig(patch_size=24, embed_dim=24, depth=1, num_heads=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = VideoEncoder(encoder), Predictor(PredictorConfig(24, encoder.grid, embed_dim=24, depth=1, num_heads=1))
+    model.LatentModel(*parts).save(folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, f"the README's loop has not exactly one {old}"
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize("weights", ["tiny", "shipped"])
+def test_the_loop_runs(weights, tmp_path):
+    """Two steps of it, with fewer candidates."""
+    if weights == "shipped" and not model.shipped().exists():
+        pytest.skip("no weights ship yet")
+    assert len(LOOP.strip().splitlines()) <= 15
+    code = replaced(LOOP, '-v0")', '-v0", max_steps=2)')
+    code = replaced(code, "samples=128", "samples=16")
+    if weights == "tiny":
+        code = replaced(code, "model.load()", f"model.load({str(tiny(tmp_path))!r})")
+    names: dict = {}
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+        last = names["agent"].last
+        k, horizon = last.imagined.patches.shape[:2]
+        assert last.action.shape == (4,) and last.plan.actions.shape == (1, horizon, 4)
+        assert last.imagined.proprio.shape == (k, horizon, 7) and last.energies.shape == (k,)
+        assert np.isfinite([last.energy, last.spread, last.observed, last.seconds]).all()
+        assert last.subgoal == 0 and last.verdict.go
+        assert names["truncated"] and not names["info"]["success"]
+    finally:
+        names["env"].close()
+
+
+def test_the_loop_plans_as_the_demo_does(tmp_path):
+    from worldmodel.commands import bench, policies
+
+    code = replaced(LOOP, "model.load()", f"model.load({str(tiny(tmp_path))!r})").split("obs, info")[0]
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    config = cli.parse("bench", bench, ["--model", str(tiny(tmp_path))], "demo")
+    player = policies.Player(bench.resolved(config))
+    shown, played = names["agent"], player._agent
+    try:
+        assert names["env"].unwrapped.config == player.env.config
+        assert shown.planner == played.planner
+        assert shown.config == played.config
+        goal = shown.model.encode({"pixels": np.zeros((96, 96, 3), np.uint8), "proprio": np.ones(7, np.float32)})
+        pair = shown.energy(goal).config, played.energy(goal._replace(proprio=None)).config
+        assert pair[0].proprio_weight == 0 and not config.goal_proprio  # goals are pictures alone in both
+        assert (pair[0].distance, pair[0].horizon, pair[0].discount) == (pair[1].distance, pair[1].horizon, pair[1].discount)
+    finally:
+        names["env"].close()
+        player.close()
+
+
+def test_own_recordings_become_a_dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    recordings = [
+        (rng.integers(0, 256, (6, 24, 24, 3), dtype=np.uint8), rng.normal(size=(6, 3)).astype("f4"), np.zeros((5, 2), "f4"))
+        for _ in range(3)
+    ]
+    exec(compile(RECORDER, "README.md", "exec"), {"folder": tmp_path / "mine", "recordings": recordings})
+    frames = data.Dataset.open(tmp_path / "mine").load()
+    assert len(frames) == 18 and frames.proprio.shape == (18, 3) and frames.actions.shape == (18, 2)
