@@ -29,22 +29,27 @@ class AgentConfig:
     """How an agent looks ahead and moves on. Raises ValueError for values that make no sense."""
 
     horizon: int = 2  # imagined steps, H
+    countdown: bool = False  # arrive `horizon` steps after a sub-goal's start: look ahead a step less at each
+    least_horizon: int = 1  # where the countdown ends
     replan: int = 1  # actions of a plan that are run before the next one is made
     samples_z: int = 0  # sampled futures of each candidate, whose mean energy is its cost; 0: the one of the prior's mean
     looks: int = 8  # sampled futures of the chosen plan, for `Decision.imagined`, its spread and the gate
     chunk: int = 512  # futures imagined at once; bounds memory
     subgoal_steps: tuple[int, ...] = ()  # steps until the next sub-goal's turn; (): 4, 10, 4 for three, else 8 each
     switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
+    patience: int | None = None  # steps without progress after which it looks ahead anew, and moves on if that promises none
+    progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
+    retry: float | None = None  # share of it above which it has failed where it gets stuck, and begins again at the first
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1}
+        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
         if self.replan > self.horizon:
             raise ValueError(f"replan is {self.replan} with horizon {self.horizon}: expected at most as many steps")
-        if min(self.subgoal_steps, default=1) < 1:
-            raise ValueError(f"subgoal_steps is {self.subgoal_steps}: expected at least 1 each")
+        if min(*self.subgoal_steps, 1, self.patience or 1) < 1 or self.patience == 0:
+            raise ValueError(f"subgoal_steps is {self.subgoal_steps}, patience {self.patience}: expected at least 1 each")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ class Agent:
         keep = self.model.max_context
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
         self._actions: deque[Tensor] = deque(maxlen=keep)
-        self._subgoal = self._since = self._age = 0
+        self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
+        self._trail: list[float] = []  # observed energies to the sub-goal
         self.last = None
 
     @torch.no_grad()
@@ -149,9 +155,9 @@ class Agent:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
         self._features.append(self.model.encode(_checked(obs, "observation", self._shape)))
         context = self._context()
-        switched, observed = self._move_on(context)
-        if self.last is None or switched or self._age >= self.config.replan:
-            decision = self._decide(context, observed)
+        observed = self._move_on(context)
+        if self._is_new() or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
+            decision = self._next(context, observed)
         else:
             decision = replace(self.last, observed=observed)
         action = decision.plan.actions[0, self._age].numpy(force=True) if decision.verdict.go else self.fallback
@@ -160,7 +166,12 @@ class Agent:
         self._actions.append(torch.from_numpy(action.copy()))
         self._age += 1
         self._since += 1
+        self._ahead += 1
         return action.copy()
+
+    def _is_new(self) -> bool:
+        """Whether there is no plan yet for the present sub-goal."""
+        return self.last is None or self.last.subgoal != self._subgoal
 
     def _budgets(self, count: int) -> tuple[int, ...]:
         steps = self.config.subgoal_steps or SUBGOAL_STEPS.get(count, (OTHER_STEPS,) * count)
@@ -184,24 +195,53 @@ class Agent:
         still = now.patches.new_zeros(1, 1, 1, self.model.action_dim)
         return float(self._energies[self._subgoal](seen, still))
 
-    def _move_on(self, context: Context) -> tuple[bool, float]:
-        """Whether it is the next sub-goal's turn, by energy or by budget, and the energy to the one pursued now."""
+    def _move_on(self, context: Context) -> float:
+        """Pass to the next sub-goal where it is its turn; the energy to the one that is pursued now."""
         observed, limit = self._observed(context), self.config.switch_energy
-        is_last = self._subgoal == len(self._energies) - 1
-        reached = limit is not None and observed < limit
-        if is_last or not (reached or self._since >= self._budget[self._subgoal]):
-            return False, observed
-        self._subgoal, self._since = self._subgoal + 1, 0
-        return True, self._observed(context)
+        self._trail.append(observed)
+        if self._subgoal == len(self._energies) - 1:
+            return observed
+        if self._since >= self._budget[self._subgoal] or (limit is not None and observed < limit):
+            return self._pursue(self._subgoal + 1, context)
+        return observed
+
+    def _pursue(self, subgoal: int, context: Context) -> float:
+        self._subgoal, self._since, self._ahead = subgoal, 0, 0
+        self._trail = [self._observed(context)]
+        return self._trail[0]
+
+    def _progress(self) -> float:
+        """The least decrease of energy that counts."""
+        return self.config.progress * max(self._trail)
+
+    def _is_stuck(self) -> bool:
+        """Whether the last steps, after a countdown, brought no progress."""
+        patience, config = self.config.patience, self.config
+        after = self._ahead - (config.horizon - config.least_horizon if config.countdown else 0)
+        if patience is None or after < patience:
+            return False
+        return min(self._trail[-patience:]) > min(self._trail[:-patience]) - self._progress()
+
+    def _next(self, context: Context, observed: float) -> Decision:
+        """What to do now; where it is stuck, with a long look, and where that promises nothing, for another sub-goal."""
+        if not self._is_stuck():
+            return self._decide(context, observed)
+        self._ahead = 0
+        decision = self._decide(context, observed)
+        if decision.energy < observed - self._progress() or self._subgoal == len(self._energies) - 1:
+            return decision
+        failed = self.config.retry is not None and observed > self.config.retry * max(self._trail)
+        return self._decide(context, self._pursue(0 if failed else self._subgoal + 1, context))
 
     def _decide(self, context: Context, observed: float) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it."""
         config, energy, generator = self.config, self._energies[self._subgoal], self._generator
-        cost = imagine(self.model, context, energy, config.horizon, generator, config.samples_z, config.chunk)
-        plan = self.planner.plan(cost, self._warm_start(), generator)
+        horizon = max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
+        cost = imagine(self.model, context, energy, horizon, generator, config.samples_z, config.chunk)
+        plan = self.planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
-        z = self.model.sample_z((1, 1, config.looks, config.horizon), generator if config.looks > 1 else None)
+        z = self.model.sample_z((1, 1, config.looks, horizon), generator if config.looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         spread = float(futures.patches[:, -1].std(0, correction=0).mean())
@@ -210,11 +250,11 @@ class Agent:
         mean = float(energies.mean())
         return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0)
 
-    def _warm_start(self) -> Tensor:
-        """What is left of the last plan, and zeros after it: [1, H, A]."""
-        start = torch.zeros(1, self.config.horizon, self.model.action_dim)
-        if self.last is not None:
-            left = self.last.plan.actions[:, self._age :]
+    def _warm_start(self, horizon: int) -> Tensor:
+        """What is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
+        start = torch.zeros(1, horizon, self.model.action_dim)
+        if not self._is_new():
+            left = self.last.plan.actions[:, self._age : self._age + horizon]
             start[:, : left.shape[1]] = left
         return start
 

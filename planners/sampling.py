@@ -30,9 +30,12 @@ class SamplingConfig:
     elites: int = 24  # best candidates that the next iteration is drawn around
     std: float | tuple[float, ...] = 0.6  # of the first iteration's noise; one number, or one for each action dimension
     min_std: float = 0.05  # the noise never gets smaller
+    fine: float = 1.0  # noise of a candidate is scaled by a factor from here to 1, log-uniform: some look far, some close
     momentum: float = 0.1  # share of the old mean, spread and choice in the new one
     gripper: Literal["categorical", "gaussian"] = "categorical"
     gripper_dims: tuple[int, ...] = (-1,)  # action dimensions that are a choice of -1, 0, +1
+    hold: float = 0.6  # probability of 0 in the first iteration's choices
+    margin: float = 0.05  # share of the cost that a plan must gain by moving the gripper, compared with itself without
     smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
     colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white
     keep: float = 0.3  # iCEM: share of the elites that stay candidates
@@ -47,9 +50,11 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.elites > self.samples:
             raise ValueError(f"elites is {self.elites} of {self.samples} samples: expected at most as many")
-        for name in ("momentum", "smoothing", "keep"):
+        for name in ("momentum", "smoothing", "keep", "hold", "margin"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more, and less than 1")
+        if not 0 < self.fine <= 1:
+            raise ValueError(f"fine is {self.fine}: expected more than 0, and at most 1")
         stds = self.std if isinstance(self.std, tuple) else (self.std,)
         if not stds or min(*stds, self.min_std, self.temperature, self.min_std) <= 0:
             raise ValueError(f"std {self.std}, min_std {self.min_std}, temperature {self.temperature}: expected more than 0")
@@ -94,6 +99,8 @@ class SamplingPlanner:
             proposal = _refined(proposal, elites, _weights(elite_costs, config), config)
             kept = torch.cat([best[:, None], elites[:, 1 : _kept(config)]], 1)
         actions, value = _cheapest(cost, (nominal, best, _centre(proposal, config)))
+        if _choices(config):
+            actions, value = _deliberate(cost, actions, value, nominal, config)
         return Plan(actions, value, elites.std(1, correction=0))
 
 
@@ -123,7 +130,8 @@ def _kept(config: SamplingConfig) -> int:
 
 def _first(nominal: Tensor, config: SamplingConfig) -> Proposal:
     std = torch.tensor(config.std, dtype=nominal.dtype, device=nominal.device).expand_as(nominal)
-    choice = nominal.new_full((*nominal.shape[:2], len(_choices(config)), CHOICES), 1 / CHOICES)
+    move = (1 - config.hold) / 2
+    choice = nominal.new_tensor([move, config.hold, move]).expand(*nominal.shape[:2], len(_choices(config)), CHOICES)
     return Proposal(nominal, std, choice)
 
 
@@ -132,6 +140,9 @@ def _draw(proposal: Proposal, count: int, config: SamplingConfig, generator: tor
     b, horizon, dims = proposal.mean.shape
     colour = config.colour if config.method == "icem" else 0.0
     noise = _noise((b, count, dims, horizon), colour, generator).to(proposal.mean).transpose(2, 3)
+    if config.fine < 1:
+        uniform = torch.rand((b, count, 1, 1), generator=generator, device=generator.device)
+        noise = noise * (config.fine**uniform).to(noise)
     actions = (proposal.mean[:, None] + proposal.std[:, None] * noise).clamp(-1, 1)
     if chosen := _choices(config):
         uniform = torch.rand((b, count, horizon, len(chosen), 1), generator=generator, device=generator.device)
@@ -208,3 +219,30 @@ def _cheapest(cost: Cost, plans: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     costs = torch.stack([_evaluate(cost, plan[:, None])[:, 0] for plan in plans])  # [M, B]
     value, index = costs.min(0)
     return torch.stack(plans)[index, torch.arange(len(index), device=index.device)], value
+
+
+def _deliberate(cost: Cost, actions: Tensor, value: Tensor, nominal: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """The plan [B, H, A] with the gripper moved only where that pays, never worse than the nominal one.
+
+    Candidates differ by more than their gripper, whose part in the cost may be small. So the plan is compared with itself:
+    without any motion of the gripper, and with one motion at each step.
+    """
+    chosen, horizon = _choices(config), actions.shape[1]
+    variants = [_with_gripper(actions, chosen, None, 0.0)]
+    variants += [_with_gripper(actions, chosen, h, move) for h in range(horizon) for move in (-1.0, 1.0)]
+    costs = _evaluate(cost, torch.stack(variants, 1))
+    still, (moved, index) = costs[:, 0], costs[:, 1:].min(1)
+    moves = torch.stack(variants[1:], 1)[torch.arange(len(index), device=index.device), index]
+    single = torch.where((moved < (1 - config.margin) * still)[:, None, None], moves, variants[0])
+    start, single_value = (_evaluate(cost, plan[:, None])[:, 0] for plan in (nominal, single))
+    worth = (single_value > start) | (value < (1 - config.margin) * single_value)  # a longer sequence of motions
+    return torch.where(worth[:, None, None], actions, single), torch.where(worth, value, single_value)
+
+
+def _with_gripper(actions: Tensor, dims: list[int], step: int | None, move: float) -> Tensor:
+    """Actions [B, H, A] with the gripper at rest but for one motion."""
+    changed = actions.clone()
+    changed[..., dims] = 0.0
+    if step is not None:
+        changed[:, step, dims] = move
+    return changed

@@ -77,24 +77,38 @@ class Config:
     """candidates that are refined (default: 16; simulator: 8)"""
     horizon: int | None = None
     """length of a plan (steps) (default: 2)"""
+    countdown: bool = False
+    """arrive --horizon steps after a sub-goal's start: look ahead a step less at each, down to 1"""
     replan: int = 1
     """actions that are run of a plan (steps)"""
     std: float = 0.6
     """of the first candidates, in units of an action"""
+    fine: float = 1.0
+    """noise of a candidate is scaled by a factor from here to 1, log-uniform"""
+    hold: float = 0.6
+    """probability that the first candidates leave the gripper alone at a step"""
+    margin: float = 0.05
+    """share of its energy that a plan must gain by moving the gripper, compared with itself without"""
     gripper: Literal["categorical", "gaussian"] = "categorical"
     """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
     samples_z: int = 0
     """imagined futures of each candidate; 0: the one of the prior's mean"""
     energy: Literal["last", "sum"] = "sum"
     """of the last imagined frame, or of all of them"""
-    distance: Literal["l1", "l2", "cosine"] = "l1"
+    distance: Literal["l1", "l2", "cosine"] = "l2"
     """of features"""
     proprio_weight: float = 0.3
     """of proprioception in the energy, with --goal-proprio"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 4 10 4 for three sub-goals, else 8 each)"""
     switch_energy: float | None = None
-    """energy at which the next sub-goal's turn comes; it belongs to a model (default: by steps alone)"""
+    """energy at which the next sub-goal's turn comes; it belongs to a model (default: none)"""
+    patience: int | None = None
+    """steps without progress after which it looks ahead anew, and moves on if that promises none (default: any number)"""
+    progress: float = 0.005
+    """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
+    retry: float | None = None
+    """share of it above which a sub-goal has failed, and the first one's turn comes again (default: never)"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):

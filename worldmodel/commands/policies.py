@@ -81,15 +81,16 @@ class Player:
         energy = EnergyConfig(
             config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=PROPRIO_SCALE
         )
-        names = ("samples", "iterations", "elites", "std", "gripper")
+        names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "gripper")
         planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
         simulated = config.policy == "simulator"
         world = self._model
         if simulated:
             world = SimulatorModel(self._model, self.env, "last" if config.energy == "last" else "all")
         look = AgentConfig(
-            config.horizon, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
-            subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy,
+            config.horizon, config.countdown, 1, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
+            subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
+            progress=config.progress, retry=config.retry,
         )  # fmt: skip
         return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look)
 
