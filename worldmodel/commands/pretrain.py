@@ -16,47 +16,48 @@ class Config:
     """What to train on, how long, and where to; every other field is part of the recipe."""
 
     data: tuple[Path, ...]
-    """folders that `worldmodel collect` made"""
+    """one or more folders that `worldmodel collect` made"""
     out: Path
-    """folder of the run"""
+    """folder of the run; new or empty, unless --resume"""
     minutes: float | None = None
-    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays (default: to the end)"""
+    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays that of --steps
+    (None: train to the end)"""
     resume: bool = False
-    """go on with the run in --out"""
+    """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
     target: str = "ema"
-    """what is predicted at hidden patches: ema (V-JEPA), pixels, or the file of a frozen encoder (SALT)"""
+    """what is predicted at hidden patches: ema (V-JEPA), pixels, or the path of an encoder.safetensors (SALT)"""
     start: str = ""
-    """file of an encoder to start from"""
+    """path of an encoder.safetensors to start from; empty: random weights"""
     pixel_weight: float = 0.0
-    """weight of a pixel reconstruction loss beside the latent one"""
+    """weight of a pixel reconstruction loss beside that of features; with --target pixels it changes nothing"""
     visible_weight: float = 0.0
-    """weight of the loss on visible patches"""
+    """weight of the loss on visible patches, beside 1 on hidden ones"""
     image_size: int = 96
-    """height and width of one view (pixels)"""
+    """height and width of one view (pixels), as the data has it"""
     views: int = 1
-    """cameras side by side in one image"""
+    """cameras side by side in one image, as the data has them"""
     patch_size: int = 12
-    """height and width of a patch (pixels)"""
+    """height and width of a patch (pixels); divides --image-size"""
     embed_dim: int = 192
-    """width of the encoder"""
+    """width of the encoder, D: numbers in a patch's features"""
     depth: int = 6
-    """blocks of the encoder"""
+    """transformer blocks of the encoder"""
     num_heads: int = 3
-    """attention heads of the encoder"""
+    """attention heads of the encoder; divides --embed-dim"""
     frames: int = 4
-    """frames in a clip; 1 trains on single images alone (I-JEPA)"""
+    """frames in a clip: an even number, or 1 for single images alone (I-JEPA)"""
     stride: int = 2
-    """environment steps between the frames of a clip"""
+    """steps of 0.2 s between the frames of a clip"""
     image_share: float = 0.5
-    """share of the steps that train on single frames"""
+    """share of the training steps that see single frames rather than clips (0 to 1)"""
     batch: int = 128
     """clips per step"""
     steps: int = 10_000
-    """length of the schedule"""
+    """training steps in all; warm-up and cool-down of the learning rate are shares of them"""
     rate: float = 1e-3
-    """highest learning rate"""
+    """highest learning rate (AdamW)"""
     seed: int = 0
     """seed of weights, clips and masks"""
 

@@ -1,8 +1,8 @@
 """Make pictures of datasets, episodes, trainings and benchmarks.
 
-An episode becomes a contact sheet (.png) or moves (.webp); so does a dataset, with some of its episodes one below the
-other. A training becomes the curves of its metrics.jsonl; a folder of benchmarks the success rates of every results.json
-in it.
+An episode becomes a contact sheet (.png) or moves (.webp), the next action below each frame, in red after an unsafe
+step; so does a dataset, with some of its episodes one below the other. A training becomes the curves of its
+metrics.jsonl; a folder of benchmarks the success rates of every results.json in it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Config:
     """What to show, and where to write the picture."""
 
     path: Positional[Path]
-    """an episode (.npz), or the folder of a dataset, a training or benchmarks"""
+    """an episode (.npz), or the folder of a dataset, of a training, or of one or more benchmarks"""
     out: Path
-    """picture to write; .png, or for what moves .webp"""
+    """picture to write, .png or (episodes and datasets) animated .webp; one that is there is replaced"""
     episodes: int = 8
-    """most episodes of a dataset that are shown"""
+    """at most so many episodes of a dataset, spread evenly over it"""
     frames: int = 48
-    """most frames of an episode, or 8 of every episode of a dataset, in a contact sheet"""
+    """at most so many frames of an episode in a contact sheet; of a dataset it shows 8 of each"""
     scale: int = 2
-    """size of a frame's pixel (pixels)"""
+    """enlargement: width and height of a camera's pixel in the picture (pixels)"""
     fps: float = 5.0
-    """speed of what moves (frames per second); the robot acts at 5"""
+    """speed of a .webp (frames per second); 5 is the robot's own"""
 
     def __post_init__(self):
         for name in ("episodes", "frames", "scale", "fps"):

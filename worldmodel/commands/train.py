@@ -16,41 +16,42 @@ class Config:
     """What to train on, how long, and where to; every other field is part of the recipe."""
 
     data: tuple[Path, ...]
-    """folders that `worldmodel collect` made"""
+    """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
     encoder: Path
-    """encoder.safetensors of a pretraining"""
+    """encoder.safetensors that `worldmodel pretrain` wrote"""
     out: Path
-    """folder of the run"""
+    """folder of the run; new or empty, unless --resume"""
     cache: Path | None = None
-    """folder for features (about 25 kB per frame) (default: features/ in the first data folder)"""
+    """folder for features, about 25 kB per frame (None: features/ in the first data folder)"""
     minutes: float | None = None
-    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays (default: to the end)"""
+    """stop after so many minutes, with a checkpoint that --resume goes on from; the schedule stays that of --steps
+    (None: train to the end)"""
     resume: bool = False
-    """go on with the run in --out"""
+    """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
     merge: int = 2
-    """a token of the predictor holds merge x merge patches"""
+    """a token of the predictor holds merge x merge patches; more is faster and coarser"""
     embed_dim: int = 256
     """width of the predictor"""
     depth: int = 4
-    """blocks of the predictor"""
+    """transformer blocks of the predictor"""
     num_heads: int = 4
-    """attention heads of the predictor"""
+    """attention heads of the predictor; divides --embed-dim"""
     latent_dim: int = 8
-    """numbers in z"""
+    """numbers in z, the stochastic part of a transition"""
     window: int = 3
-    """frames that the predictor sees"""
+    """frames that the predictor sees, the present one included"""
     transitions: int = 4
-    """actions in a training clip"""
+    """actions in a training clip (steps of 0.2 s)"""
     rollout: int = 2
-    """steps of imagination in the loss; 1 is teacher forcing alone"""
+    """steps of imagination in the loss, at most --transitions; 1 is teacher forcing alone"""
     batch: int = 32
     """clips per step"""
     steps: int = 4000
-    """length of the schedule"""
+    """training steps in all; warm-up and cool-down of the learning rate are shares of them"""
     rate: float = 6e-4
-    """highest learning rate"""
+    """highest learning rate (AdamW)"""
     seed: int = 0
     """seed of weights, clips and z"""
 
