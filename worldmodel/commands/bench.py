@@ -7,16 +7,16 @@ in OUT/episodes.jsonl, and the same command goes on where it was stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel import data
+from worldmodel.commands import workers
 
 BUDGETS = {  # samples, iterations, elites, horizon
     "planner": (128, 4, 16, 2),
@@ -127,7 +128,7 @@ def run(config: Config) -> dict:
     config = resolved(config)
     player = Player(config)  # notices what is wrong before anything is written
     player.env.reset(seed=config.seed)
-    with _owned(config.out) as folder:
+    with workers.owned(config.out, "bench") as folder:
         log = Log.open(folder / "episodes.jsonl", _identity(config))
         seeds = range(config.seed, config.seed + config.episodes)
         missing = [seed for seed in seeds if seed not in log.episodes]
@@ -266,49 +267,31 @@ class Log:
             os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[Path]:
-    """The folder, made if need be, while no other process writes into it."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    except BlockingIOError:
-        raise FileExistsError(f"another bench is writing to {folder}; wait for it or choose another --out") from None
-    finally:
-        os.close(handle)
-
-
 def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
     """Play the episodes of these seeds, here or in worker processes; yields each when it is over."""
     if config.workers == 1 or len(seeds) < 2:
         for seed in seeds:
             yield _play(config, player, seed)
         return
-    from worldmodel.commands.collect import _end_with_parent
-
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)  # of the workers to come
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(config.workers, len(seeds)), context, _end_with_parent)
-    try:
+    with workers.pool(min(config.workers, len(seeds)), config.threads, _prepare, config) as pool:
         for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
             yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_players: dict = {}  # of this worker process: the one it plays with
+def _prepare(config: Config) -> None:
+    _player(config)
 
 
 def _play_there(config: Config, seed: int) -> dict:
+    return _play(config, _player(config), seed)
+
+
+@functools.lru_cache
+def _player(config: Config):
+    """The player of this worker process."""
     from worldmodel.commands.policies import Player
 
-    if config not in _players:
-        _players[config] = Player(config)
-    return _play(config, _players[config], seed)
+    return Player(config)
 
 
 def _play(config: Config, player, seed: int) -> dict:

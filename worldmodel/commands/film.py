@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from worldmodel import data
 
 CAPTION = 18  # pixels
 PANEL = 192  # pixels, height of a panel
+COLOURS = "royalblue", "darkorange", "seagreen"  # of the energy to one sub-goal after the other
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _curve(film: Film, t: int) -> np.ndarray:
 
     width, edge = 256, 14
     known = [energy for energy in film.energies if energy is not None]
-    top = max(*known, 1e-9)if len(known) > 1 else max(known[0], 1e-9)
+    top = max(max(known), 1e-9)
     image = Image.new("RGB", (width, PANEL), "white")
     pen = ImageDraw.Draw(image)
 
@@ -79,8 +79,8 @@ def _curve(film: Film, t: int) -> np.ndarray:
     pen.line([at(0, top), at(0, 0), at(len(film.energies) - 1, 0)], "gray")
     pen.text((edge + 3, 1), f"{top:.3f}", "gray", font_size=10)
     points = [(step, energy) for step, energy in enumerate(film.energies[: t + 1]) if energy is not None]
-    for (a, before), (b, after) in _pairs(points):
-        colour = ("tab:blue", "tab:orange", "tab:green")[film.pursued[b] % 3].removeprefix("tab:")
+    for (a, before), (b, after) in zip(points, points[1:]):
+        colour = COLOURS[film.pursued[b] % len(COLOURS)]
         pen.line([at(a, before), at(b, after)], colour, width=2)
     if points:
         x, y = at(*points[-1])
@@ -88,6 +88,3 @@ def _curve(film: Film, t: int) -> np.ndarray:
         pen.text((min(x + 5, width - 40), max(y - 14, 0)), f"{points[-1][1]:.3f}", "black", font_size=10)
     return np.asarray(image)
 
-
-def _pairs(points: Sequence) -> list:
-    return list(zip(points, points[1:]))
