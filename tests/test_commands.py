@@ -281,9 +281,9 @@ def test_folder_with_something_else_is_left_alone(dataset, tmp_path, capfd):
 
 
 def test_two_collects_do_not_write_into_one_folder(dataset, capfd):
-    from worldmodel.commands import collect
+    from worldmodel.commands import workers
 
-    with collect._owned(dataset):
+    with workers.owned(dataset, "collect"):
         assert "another collect is writing" in refuse(capfd, "collect", "--preset", "debug", "--out", dataset)
 
 

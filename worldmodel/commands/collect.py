@@ -6,19 +6,13 @@ changes a byte: the same command goes on where it was stopped, and mends what is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import shlex
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel import data
+from worldmodel.commands import workers
 
 OBJECTS = {"box": ("box",), "cup": ("cup",), "both": ("box", "cup")}
 
@@ -76,7 +71,8 @@ def run(config: Config) -> dict:
     """Collect what is missing of the dataset, and return what it holds and how fast it grew."""
     start, steps = time.perf_counter(), 0
     _refuse_another(config)
-    with _workers(config) as pool, _owned(config.out) as folder:
+    count = min(config.workers, config.episodes)
+    with workers.pool(count, 1, _try_out, config) as pool, workers.owned(config.out, "collect") as folder:
         _refuse_another(config)  # who held the folder until now may have written there
         _begin(config, folder)
         missing = _missing(config, folder)
@@ -100,51 +96,10 @@ def report(result: dict) -> str:
     ).format(**result)
 
 
-@contextlib.contextmanager
-def _workers(config: Config) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have their environment and have drawn with it; what fails, fails before anything is written."""
-    count = min(config.workers, config.episodes)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
-    try:
-        with _environment("OMP_NUM_THREADS", "1"):  # which a worker reads when it starts
-            tried = [pool.submit(_try_out, config) for _ in range(count)]
-        for future in tried:
-            if error := future.exception():
-                raise type(error)(str(error)) from error
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable that processes started inside inherit."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
 def _try_out(config: Config) -> None:
     """Make this worker's environments and draw once."""
     for object in OBJECTS[config.object]:
         _env(config, object).reset(seed=config.seed)
-
-
-@contextlib.contextmanager
-def _owned(folder: Path) -> Iterator[Path]:
-    """The folder, made if need be, while no other process collects into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    except BlockingIOError:
-        raise FileExistsError(f"another collect is writing to {folder}; wait for it or choose another --out") from None
-    finally:
-        os.close(handle)
 
 
 def _refuse_another(config: Config) -> None:
@@ -198,12 +153,6 @@ def _missing(config: Config, folder: Path) -> list[int]:
     for path in set(there) - sound:
         log.warning("%s is damaged; collecting it again", path)
     return [i for i, path in enumerate(paths) if path not in sound]
-
-
-def _end_with_parent() -> None:
-    """Have this worker end at once when its parent does, even one that is killed."""
-    sentinel = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _collect(config: Config, folder: Path, index: int) -> int:

@@ -1,0 +1,70 @@
+"""Processes that work for a command, and folders that belong to one command at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[ProcessPoolExecutor]:
+    """`count` new processes of `threads` processor threads each; what is still to do at the end is cancelled.
+
+    `prepare(*args)` runs as often as there are processes before any of them is handed out, and what it raises is raised
+    here: what fails, fails before anything is written. The processes end with this one, even when it is killed.
+    """
+    executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        with _environment("OMP_NUM_THREADS", str(threads)):  # which a process reads when it starts
+            prepared = [executor.submit(prepare, *args) for _ in range(count)]
+        for future in prepared:
+            if error := future.exception():
+                raise type(error)(str(error)) from error
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def owned(folder: Path, command: str) -> Iterator[Path]:
+    """The folder, made if need be, while no other process owns it.
+
+    Raises NotADirectoryError where it is a file, and FileExistsError where another process writes there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = f"another {command} is writing to {folder}; wait for it or choose another --out"
+            raise FileExistsError(told) from None
+        yield folder
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable that processes started inside inherit."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _end_with_parent() -> None:
+    """Have this process end at once when its parent does, even one that is killed."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
