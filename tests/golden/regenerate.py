@@ -65,7 +65,7 @@ def plans() -> dict[str, np.ndarray]:
 
     out = {}
     for method in METHODS:
-        planner = SamplingPlanner(SamplingConfig(method, samples=32, iterations=3, elites=6, std=0.5))
+        planner = SamplingPlanner(SamplingConfig(method, 32, 3, 6, std=0.5, hold=0.6, margin=0.05))
         plan = planner.plan(cost, torch.zeros(2, 3, 4), torch.Generator().manual_seed(1))
         out |= {f"{method}_actions": plan.actions.numpy(), f"{method}_cost": plan.cost.numpy()}
     return out
