@@ -9,6 +9,7 @@ from worldmodel.interface import Context, Features
 from worldmodel.latent import Gaussian, divergence, information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.probe import AttentiveProbe
 from worldmodel.train import TrainConfig, prediction_losses
 
 ENCODER = EncoderConfig(image_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=2)
@@ -26,7 +27,7 @@ def noisy(module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return LatentModel(noisy(VideoEncoder(ENCODER)), noisy(Predictor(SIZES)), {"made": "here"})
+    return LatentModel(noisy(VideoEncoder(ENCODER)), noisy(Predictor(SIZES)), AttentiveProbe(16, 48, 7), {"made": "here"})
 
 
 def context_of(model, b=2, t=2, seed=0):
@@ -106,7 +107,17 @@ def test_privileged_keys_are_never_read(model):
     pixels = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
     plain = model.encode({"pixels": pixels})
     told = model.encode({"pixels": pixels, "privileged/object_pos": "not even an array"})
-    assert torch.equal(plain.patches, told.patches) and plain.proprio is None
+    assert torch.equal(plain.patches, told.patches) and torch.equal(plain.proprio, told.proprio)
+
+
+def test_proprioception_is_read_off_a_picture_alone(model):
+    pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).numpy()
+    assert model.encode({"pixels": pixels}).proprio.shape == (2, 7)
+    assert model.encode({"pixels": pixels[0]}).proprio.shape == (7,)
+    told = model.encode({"pixels": pixels, "proprio": torch.ones(2, 7).numpy()})
+    assert torch.equal(told.proprio, torch.ones(2, 7))
+    blind = LatentModel(model.encoder, model.predictor)
+    assert blind.encode({"pixels": pixels}).proprio is None
 
 
 def test_save_then_load_is_exact(model, tmp_path):

@@ -13,6 +13,7 @@ from worldmodel.checkpoint import fill, load_tensors, save_tensors
 from worldmodel.encoder import EncoderConfig, VideoEncoder, autocast
 from worldmodel.interface import Context, Features, Obs, to_tensor
 from worldmodel.predictor import Predictor, PredictorConfig, expand
+from worldmodel.probe import AttentiveProbe
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
 
@@ -20,18 +21,21 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
 class LatentModel(nn.Module):
     """Frozen encoder and action-conditioned predictor, behind `worldmodel.interface.WorldModel`.
 
-    `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out
+    `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
+    alone say where the hand is, which a camera sees poorly along its line of sight. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out
     data, which thresholds are relative to.
     """
 
-    def __init__(self, encoder: VideoEncoder, predictor: Predictor, about: dict | None = None) -> None:
+    def __init__(
+        self, encoder: VideoEncoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None
+    ) -> None:
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
             raise ValueError(
                 f"the predictor is for features {predictor.config.grid} x {predictor.config.feature_dim}, the encoder "
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
-        self.encoder, self.predictor, self.about = encoder, predictor, about or {}
+        self.encoder, self.predictor, self.reader, self.about = encoder, predictor, reader, about or {}
         self.requires_grad_(False).eval()
 
     @property
@@ -51,13 +55,16 @@ class LatentModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, obs: Obs) -> Features:
-        """Patch features of obs["pixels"], and obs["proprio"] where it is there; no other key is read."""
+        """Patch features of obs["pixels"], and obs["proprio"], or without it what `reader` reads; no other key is read."""
+        patches = self.encoder.encode(to_tensor(np.asarray(obs["pixels"])))
         proprio = obs.get("proprio")
-        if proprio is not None:
+        if proprio is None and self.reader is not None:
+            proprio = self.reader(patches.reshape(-1, *patches.shape[-2:])).reshape(*patches.shape[:-2], -1)
+        elif proprio is not None:
             proprio = to_tensor(proprio, torch.float32)
             if not torch.isfinite(proprio).all():
                 raise ValueError("proprio of the observation holds NaN or infinity; expected finite metres and radians")
-        return Features(self.encoder.encode(to_tensor(np.asarray(obs["pixels"]))), proprio)
+        return Features(patches, proprio)
 
     def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Standard noise [*shape, Z] that `rollout` maps through the prior; zeros, its mean, without a generator."""
@@ -120,7 +127,7 @@ class LatentModel(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
-        config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config)}
+        config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -135,7 +142,8 @@ def load(path: str | Path | None = None) -> LatentModel:
         encoder, predictor = EncoderConfig(**config["encoder"]), PredictorConfig(**config["predictor"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
-    model = LatentModel(VideoEncoder(encoder), Predictor(predictor), about)
+    reader = AttentiveProbe(encoder.patches, encoder.embed_dim, predictor.proprio_dim) if config.get("reader") else None
+    model = LatentModel(VideoEncoder(encoder), Predictor(predictor), reader, about)
     fill(model, tensors, path)
     return model
 

@@ -47,10 +47,12 @@ class Labels:
 
 
 class AttentiveProbe(nn.Module):
-    """One learned query over P patches of D features, to `out` numbers."""
+    """One learned query over P patches of D features, to `out` numbers in their own units."""
 
     def __init__(self, patches: int, features: int, out: int, heads: int = 12) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.zeros(out))
+        self.register_buffer("std", torch.ones(out))
         self.heads, width = heads, 16 * heads
         self.register_buffer("centre", torch.zeros(features))  # features are standardised, not layer-normed: size may matter
         self.register_buffer("scale", torch.ones(features))
@@ -66,31 +68,43 @@ class AttentiveProbe(nn.Module):
         weight = self.score(x).softmax(1)  # [B, P, heads]
         pooled = torch.einsum("bph,bpd->hbd", weight, x)
         y = torch.bmm(pooled, self.value).transpose(0, 1).flatten(1)
-        return self.head(y + self.mlp(y))
+        return self.head(y + self.mlp(y)) * self.std + self.mean
 
 
-def attentive(train: Tensor, targets: Tensor, test: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> np.ndarray:
-    """Train on features float16 [M, P, D] and targets [M, 8], predict for `test`; weight [M, 8] masks targets."""
-    mean, std = targets.mean(0), targets.std(0).clamp_min(1e-6)
+def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> AttentiveProbe:
+    """An attentive probe trained on features float16 [M, P, D] and targets [M, out]; weight [M, out] masks targets."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        probe = AttentiveProbe(train.shape[1], train.shape[2], targets.shape[1])
-    some = train[:: max(1, len(train) // 2000)].float().flatten(0, 1)
+        probe = AttentiveProbe(features.shape[1], features.shape[2], targets.shape[1])
+    some = _loaded(features[:: max(1, len(features) // 2000)]).flatten(0, 1)
     probe.centre.copy_(some.mean(0))
     probe.scale.copy_(some.std(0).clamp_min(1e-3))
-    steps, batch = epochs * max(1, len(train) // 256), 256
+    probe.mean.copy_(targets.mean(0))
+    probe.std.copy_(targets.std(0).clamp_min(1e-4))
+    steps, batch = epochs * max(1, len(features) // 256), 256
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
     for _ in tqdm(range(steps), desc="attentive probe", unit="step", delay=2):
-        index = torch.from_numpy(rng.integers(len(train), size=batch))
-        error = (probe(train[index].float()) - (targets[index] - mean) / std).square()
+        index = rng.integers(len(features), size=batch)
+        guess = probe(_loaded(features[index]))
+        error = ((guess - targets[index]) / probe.std).square()
         optimizer.zero_grad(set_to_none=True)
         (error * weight[index]).mean().backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        return torch.cat([probe(part.float()) for part in test.split(512)]).mul(std).add(mean).double().numpy()
+    return probe.requires_grad_(False).eval()
+
+
+def _loaded(features: Tensor | np.ndarray) -> Tensor:
+    """float32 in memory, of a tensor or a memory-mapped array."""
+    return features.float() if isinstance(features, Tensor) else torch.from_numpy(features.astype(np.float32))
+
+
+def attentive(train: Tensor, targets: Tensor, test: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> np.ndarray:
+    """Train on features float16 [M, P, D] and targets [M, 8], predict for `test`; weight [M, 8] masks targets."""
+    probe = fit(train, targets, weight, epochs, seed)
+    return torch.cat([probe(part.float()) for part in test.split(512)]).double().numpy()
 
 
 def ridge(train: Tensor, targets: Tensor, test: Tensor) -> np.ndarray:

@@ -24,9 +24,11 @@ from worldmodel.interface import Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel
 from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.probe import fit
 from worldmodel.training import Run, optimizer_for, set_rate
 
 logger = logging.getLogger(__name__)
+READER_EPOCHS = 8  # passes of the proprioception reader over the frames
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ def train(
     if not run.done:
         return None
     scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
+    targets = torch.from_numpy(first.proprio)
+    reader = fit(features["train"], targets, torch.ones_like(targets), READER_EPOCHS, config.seed)
+    seen = slice(None, None, max(1, len(frames["held"]) // 2000))
+    wrong = reader(torch.from_numpy(features["held"][seen].astype(np.float32))) - torch.from_numpy(frames["held"].proprio[seen])
+    scores |= {f"reader_rmse/{i}": float(wrong[:, i].square().mean().sqrt()) for i in range(wrong.shape[1])}
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
-    LatentModel(encoder, predictor, about).save(out / "model.safetensors")
+    LatentModel(encoder, predictor, reader, about).save(out / "model.safetensors")
     return out / "model.safetensors"

@@ -99,7 +99,7 @@ class Config:
     distance: Literal["l1", "l2", "cosine"] = "l2"
     """of features"""
     proprio_weight: float = 0.3
-    """of proprioception in the energy, with --goal-proprio"""
+    """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 4 10 4 for three sub-goals, else 8 each)"""
     switch_energy: float | None = None

@@ -86,7 +86,9 @@ class Player:
         simulated = config.policy == "simulator"
         world = self._model
         if simulated:
-            world = SimulatorModel(self._model, self.env, "last" if config.energy == "last" else "all")
+            known = isinstance(self._model, model.LatentModel)
+            encoder = self._model.encoder if known else self._model
+            world = SimulatorModel(encoder, self.env, "last" if config.energy == "last" else "all", self._model if known else None)
         look = AgentConfig(
             config.horizon, config.countdown, 1, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
             subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
@@ -96,13 +98,13 @@ class Player:
 
 
 def load(path: Path, policy: str) -> nn.Module:
-    """The model of a file; for the simulator its encoder, or the encoder of an encoder's file."""
+    """The model of a file; for the simulator an encoder's file will do."""
     if policy != "simulator":
         return model.load(path)
     try:
         load_tensors(path, "encoder")
     except ValueError:
-        return model.load(path).encoder
+        return model.load(path)
     return load_encoder(path)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import envs
-from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
+from worldmodel.interface import Context, Encoder, Features, Obs, WorldModel, to_tensor
 
 
 class SimulatorModel:
@@ -28,13 +28,17 @@ class SimulatorModel:
     latent_dim = 1
     max_context = 1
 
-    def __init__(self, encoder: Encoder, env: envs.PandaEnv, frames: Literal["all", "last"] = "all") -> None:
-        self.encoder, self.env, self.frames = encoder, env, frames
+    def __init__(
+        self, encoder: Encoder, env: envs.PandaEnv, frames: Literal["all", "last"] = "all", model: WorldModel | None = None
+    ) -> None:
+        self.encoder, self.env, self.frames, self.model = encoder, env, frames, model
         self.action_dim = env.config.action_dim
         self.copy = envs.make(replace(env.config, render_goals=False))
 
     def encode(self, obs: Obs) -> Features:
-        """Patch features of obs["pixels"], and obs["proprio"] where it is there."""
+        """As `model` does, if there is one; else patch features of obs["pixels"], and obs["proprio"] where it is there."""
+        if self.model is not None:
+            return self.model.encode(obs)
         proprio = obs.get("proprio")
         patches = self.encoder.encode(to_tensor(np.asarray(obs["pixels"])))
         return Features(patches, None if proprio is None else to_tensor(np.asarray(proprio), torch.float32))
