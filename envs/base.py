@@ -78,6 +78,10 @@ def _copy(obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value.copy() for key, value in obs.items()}
 
 
+def _proprio(pos: np.ndarray, mat: np.ndarray, opening: float) -> np.ndarray:
+    return np.concatenate([pos, euler_from_down(mat), [opening]]).astype(np.float32)
+
+
 class PandaEnv(gym.Env):
     """A Panda arm, a table, one object, one task. Nothing is shared between two of these."""
 
@@ -123,12 +127,13 @@ class PandaEnv(gym.Env):
             contacts.append(self.scene.contacts())
         mujoco.mj_forward(self.scene.model, self.scene.data)
         contacts.append(self.scene.contacts())
+        now = contacts[-1]
         self._steps += 1
-        held = self._is_held(contacts[-1])
+        held = self._is_held(now)
         self._held_steps = self._held_steps + 1 if held and self._was_held else 0
         unsafe = self._unsafe(contacts)
         self._was_held = held
-        info = self.info(unsafe)
+        info = self._info(unsafe, now)
         success = info["success"]
         over = self._steps >= self.config.max_steps
         return self.observe(), float(success), success and self.config.stop_on_success, over, info
@@ -145,8 +150,7 @@ class PandaEnv(gym.Env):
 
     def proprio(self) -> np.ndarray:
         """Return float32 [7]: tool centre point (m), Euler angles relative to straight down (rad), opening (m)."""
-        scene = self.scene
-        return np.concatenate([scene.tcp_pos, euler_from_down(scene.tcp_mat), [scene.opening]]).astype(np.float32)
+        return _proprio(self.scene.tcp_pos, self.scene.tcp_mat, self.scene.opening)
 
     def observe(self) -> dict[str, np.ndarray]:
         """Return the observation of the present state."""
@@ -154,16 +158,21 @@ class PandaEnv(gym.Env):
 
     def observe_at(self, pose: Pose) -> dict[str, np.ndarray]:
         """Return the observation of a state of rest; the present state is left exactly as it was."""
+        if not self.config.render_goals:
+            return {"proprio": _proprio(*self.controller.hand_at(pose.tcp), pose.opening)}
         before = self.scene.get_state()
         joints = self.controller.joints_at(pose.tcp)
         self.scene.place(joints, pose.opening, pose.object_pos, pose.object_quat)
-        seen = self.observe() if self.config.render_goals else {"proprio": self.proprio()}
+        seen = self.observe()
         self.scene.set_state(before)
         return seen
 
     def achieved(self) -> Achieved:
         """Return what the present state amounts to."""
-        scene, contacts = self.scene, self.scene.contacts()
+        return self._achieved(self.scene.contacts())
+
+    def _achieved(self, contacts: Contacts) -> Achieved:
+        scene = self.scene
         return Achieved(
             tcp=scene.tcp_pos,
             object_pos=scene.object_pos,
@@ -175,7 +184,10 @@ class PandaEnv(gym.Env):
 
     def info(self, unsafe: dict[str, float]) -> dict[str, Any]:
         """Return success, goal, sub-goals, unsafe events of the step, and what no model may read."""
-        achieved = self.achieved()
+        return self._info(unsafe, self.scene.contacts())
+
+    def _info(self, unsafe: dict[str, float], contacts: Contacts) -> dict[str, Any]:
+        achieved = self._achieved(contacts)
         return {
             "success": bool(self.task.success(achieved, self.episode.wanted)),
             "goal": _copy(self._goal),

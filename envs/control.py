@@ -45,13 +45,53 @@ def rotation(vector: np.ndarray) -> np.ndarray:
     return mat.reshape(3, 3)
 
 
-def _minimum(h: np.ndarray, f: np.ndarray, g: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Minimise x'Hx / 2 + f'x where Gx <= upper; what mink.solve_ik does, in half the time."""
-    free = np.zeros(len(upper), np.int32)
-    x, _, flag, _ = daqp.solve(h, f, g, upper, np.full(len(upper), -1e30), free)
-    if flag <= 0:
-        raise RuntimeError(f"inverse kinematics: daqp found no solution (exit flag {flag})")
-    return x
+class DifferentialIK:
+    """The quadratic program of `mink.build_ik` for one hand and a posture, to the bit, in a third of its time.
+
+    What stays the same from one program to the next is laid out once: Minimise x'Hx / 2 + f'x where Gx <= upper.
+    """
+
+    DAMPING = 1e-6
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self.arm = mink.Configuration(model)
+        self.hand = mink.FrameTask("tcp", "site", position_cost=1.0, orientation_cost=0.3, lm_damping=1e-4)
+        self.posture = mink.PostureTask(model, cost=1e-3)
+        self.posture.set_target(HOME)
+        self.limits = [mink.ConfigurationLimit(model), mink.VelocityLimit(model, VELOCITY_LIMITS)]
+        k, nv = self.hand.k, model.nv
+        self._jacobian, self._error = np.empty((k + nv, nv)), np.empty(k + nv)  # the hand's rows, then the posture's
+        self._jacobian[k:] = np.diag(self.posture.cost)
+        self._g = np.vstack([limit.compute_qp_inequalities(self.arm, 1.0).G for limit in self.limits])
+        self._upper = np.empty(len(self._g))
+        self._lower = np.full(len(self._g), -1e30)
+        self._kinds = np.zeros(len(self._g), np.int32)  # of constraints: inequalities
+
+    def program(self, dt: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return H [7, 7], f [7], G [28, 7] and upper [28] for a step of `dt` seconds; they hold until the next call."""
+        q, k, nv = self.arm.data.qpos, self.hand.k, self.arm.nv
+        jacobian, error, upper = self._jacobian, self._error, self._upper
+        jacobian[:k], error[:k], damping = self.hand.compute_qp_residual(self.arm)
+        error[k:] = self.posture.cost * (self.posture.target_q - q)
+        h = jacobian.T @ jacobian
+        h.flat[:: nv + 1] += self.DAMPING + damping
+        position, velocity = self.limits
+        upper[:nv] = position.gain * (position.upper - q)
+        upper[nv : 2 * nv] = position.gain * (q - position.lower)
+        upper[2 * nv :].reshape(2, nv)[:] = dt * velocity.limit
+        return h, -(error @ jacobian), self._g, upper
+
+    def solve(self, pos: np.ndarray, mat: np.ndarray, joints: np.ndarray, solves: int, dt: float) -> np.ndarray:
+        """Return joints [7] that bring the tool centre point towards a pose, `solves` steps of `dt` seconds from `joints`."""
+        self.arm.update(joints)
+        self.hand.set_target(mink.SE3.from_rotation_and_translation(mink.SO3.from_matrix(mat), pos))
+        for _ in range(solves):
+            h, f, g, upper = self.program(dt)
+            x, _, flag, _ = daqp.solve(h, f, g, upper, self._lower, self._kinds)
+            if flag <= 0:
+                raise RuntimeError(f"inverse kinematics: daqp found no solution (exit flag {flag})")
+            self.arm.integrate_inplace(x / dt, dt)
+        return self.arm.q
 
 
 @dataclass(frozen=True)
@@ -77,26 +117,19 @@ class Controller:
         for item in [*spec.actuators, *spec.equalities, *spec.tendons, spec.body("finger_left"), spec.body("finger_right")]:
             spec.delete(item)
         model = spec.compile()
-        self._arm = mink.Configuration(model)
-        self._hand = mink.FrameTask("tcp", "site", position_cost=1.0, orientation_cost=0.3, lm_damping=1e-4)
-        self._posture = mink.PostureTask(model, cost=1e-3)
-        self._posture.set_target(HOME)
-        self._limits = [mink.ConfigurationLimit(model), mink.VelocityLimit(model, VELOCITY_LIMITS)]
+        self._ik = DifferentialIK(model)
         self._substeps = round(STEP_SECONDS / len(_PROFILE) / scene.model.opt.timestep)
         self.state = ControlState(HOME, np.zeros(3), DOWN, MAX_OPENING)
 
-    def solve(self, pos: np.ndarray, mat: np.ndarray, joints: np.ndarray, solves: int, dt: float) -> np.ndarray:
-        """Return joints [7] that bring the tool centre point towards a pose, `solves` steps of `dt` seconds from `joints`."""
-        self._arm.update(joints)
-        self._hand.set_target(mink.SE3.from_rotation_and_translation(mink.SO3.from_matrix(mat), pos))
-        for _ in range(solves):
-            qp = mink.build_ik(self._arm, [self._hand, self._posture], dt, damping=1e-6, limits=self._limits)
-            self._arm.integrate_inplace(_minimum(qp.P, qp.q, qp.G, qp.h) / dt, dt)
-        return self._arm.q.copy()
-
     def joints_at(self, pos: np.ndarray) -> np.ndarray:
         """Return joints [7] that hold the hand straight down at `pos` [3], m; the same ones whatever went before."""
-        return self.solve(pos, DOWN, HOME, solves=8, dt=1.0)
+        return self._ik.solve(pos, DOWN, HOME, solves=8, dt=1.0)
+
+    def hand_at(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the hand is, tool centre point [3], m, and orientation [3, 3], with `joints_at(pos)`."""
+        self.joints_at(pos)
+        hand = self._ik.arm.data.site("tcp")
+        return hand.xpos.copy(), hand.xmat.reshape(3, 3).copy()
 
     def settle(self, pos: np.ndarray, joints: np.ndarray, opening: float) -> None:
         """Take a pose as the present target: hand straight down at `pos`, with the commanded opening in m."""
@@ -124,7 +157,7 @@ class Controller:
         mat = old.mat
         if len(action) == 7:
             mat = rotation(TURN * action[3:6]) @ self._leashed(mat)
-        joints = self.solve(pos, mat, old.joints, solves=2, dt=STEP_SECONDS / 2)
+        joints = self._ik.solve(pos, mat, old.joints, solves=2, dt=STEP_SECONDS / 2)
         opening = float(np.clip(old.opening + MAX_OPENING * action[-1], 0.0, MAX_OPENING))
         return ControlState(joints, pos, mat, opening)
 

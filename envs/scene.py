@@ -20,6 +20,7 @@ HOME = np.array([0.0, 0.1, 0.0, -2.4, 0.0, 2.5, np.pi / 4])  # hand straight dow
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _OTHER = range(6)  # kinds of geom
 _TOUCH = 0.0005  # m
+_UNSEEN = 5  # group of geoms that are not drawn
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Scene:
         self._qpos = int(self.model.joint("object").qposadr[0])
         self._qvel = int(self.model.joint("object").dofadr[0])
         kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
-        self._pair = np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)  # [geom, geom]
+        self._pair = (np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)).tolist()  # [geom][geom]
+        self._groups = self.model.geom_group.copy()
+        self._camera_ids = {name: self.model.camera(name).id for name in CAMERAS}
         self._state_size = mujoco.mj_stateSize(self.model, _STATE)
         self._home = np.zeros(self._state_size)
         mujoco.mj_getState(self.model, self.data, self._home, _STATE)
@@ -137,11 +140,17 @@ class Scene:
         data = self.data
         if data.ncon == 0:
             return _NO_CONTACTS
-        contact = data.contact
-        pair = self._pair[contact.geom[:, 0], contact.geom[:, 1]]
-        address = contact.efc_address  # elliptic cone: the first row of a contact is its normal; -1: no force
-        force = np.bincount(pair, data.efc_force[address] * (address >= 0), minlength=36).tolist()
-        touch = set(pair[contact.dist < _TOUCH].tolist())
+        contact, forces = data.contact, data.efc_force
+        force, touch = [0.0] * 36, set()
+        # Plain lists: there are a few contacts, and this runs four times a step.
+        for (one, other), address, dist in zip(
+            contact.geom.tolist(), contact.efc_address.tolist(), contact.dist.tolist(), strict=True
+        ):
+            pair = self._pair[one][other]
+            if address >= 0:  # elliptic cone: the first row of a contact is its normal; -1: no force
+                force[pair] += float(forces[address])
+            if dist < _TOUCH:
+                touch.add(pair)
         own = (_ROBOT * 6 + _ROBOT, _ROBOT * 6 + _LEFT, _ROBOT * 6 + _RIGHT)
         on_object = max(force[kind * 6 + _OBJECT] for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE))
         on_table = sum(force[kind * 6 + _TABLE] for kind in (_ROBOT, _LEFT, _RIGHT))
@@ -195,9 +204,18 @@ class Scene:
             self._free = weakref.finalize(self, self._renderer.close)  # also at exit, while GL is still there
         views = []
         for camera in cameras or self.cameras:
+            self.model.geom_group[:] = np.where(self._in_view(camera), self._groups, _UNSEEN)
             self._renderer.update_scene(self.data, camera)
             views.append(self._renderer.render())
         return views[0] if len(views) == 1 else np.concatenate(views, axis=1)
+
+    def _in_view(self, camera: str) -> np.ndarray:
+        """Tell which geoms [geom] reach into a camera's view; drawing the others takes time and changes no pixel."""
+        model, data, i = self.model, self.data, self._camera_ids[camera]
+        x, y, z = ((data.geom_xpos - data.cam_xpos[i]) @ data.cam_xmat[i].reshape(3, 3)).T  # right, up, backwards
+        half = np.deg2rad(model.cam_fovy[i]) / 2  # of the angle of view, which is as wide as high
+        outside = np.maximum(abs(x), abs(y)) * np.cos(half) + z * np.sin(half)  # m, of the nearest side
+        return (outside < model.geom_rbound + 1e-3) | (model.geom_rbound == 0)  # 0: a plane has no end
 
     def _make_renderer(self) -> mujoco.Renderer:
         try:

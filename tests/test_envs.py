@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import gymnasium as gym
+import mink
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs.check import check
+from envs.control import DOWN as DIRECTION
 from envs.control import MOVE, ControlState
 from envs.scene import HOME
 from envs.tasks import Pose
@@ -211,3 +213,44 @@ else:
 """
     done = run(code, MUJOCO_GL="disable")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_programs_are_those_of_mink():
+    """To the bit: H, f, G and the upper bounds, near and far from the target and at a joint's limit."""
+    env = envs.make(envs.EnvConfig())
+    ik, rng = env.controller._ik, np.random.default_rng(0)
+    low, high = ik.arm.model.jnt_range.T
+    for share in (0.05, 0.5, 1.0):
+        for dt in (0.1, 1.0):
+            ik.arm.update(HOME + share * (rng.uniform(low, high) - HOME))
+            ik.hand.set_target(mink.SE3.from_rotation_and_translation(mink.SO3.from_matrix(DIRECTION), rng.uniform(0, 1, 3)))
+            qp = mink.build_ik(ik.arm, [ik.hand, ik.posture], dt, damping=ik.DAMPING, limits=ik.limits)
+            for ours, theirs in zip(ik.program(dt), (qp.P, qp.q, qp.G, qp.h), strict=True):
+                assert np.array_equal(ours, theirs)
+    env.close()
+
+
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_goals_are_the_same_without_pictures(object):
+    drawn, plain = (envs.make(envs.EnvConfig(object=object, render_goals=r, image_size=16)) for r in (True, False))
+    for seed in range(4):
+        one, other = (env.reset(seed=seed)[1]["subgoals"] for env in (drawn, plain))
+        assert all(np.array_equal(a["proprio"], b["proprio"]) for a, b in zip(one, other, strict=True))
+    drawn.close()
+    plain.close()
+
+
+def test_what_is_out_of_view_is_not_drawn_and_changes_no_pixel(monkeypatch):
+    env = envs.make(envs.EnvConfig(object="cup", cameras=("front", "side", "wrist"), randomization="strong", action_dim=7))
+    rng, left_out = np.random.default_rng(0), 0
+    for seed in range(6):
+        env.reset(seed=seed)
+        for _ in range(4):
+            env.step(rng.uniform(-1, 1, 7))
+            seen = env.scene.render()
+            left_out += sum((~env.scene._in_view(camera)).sum() for camera in env.config.cameras)
+            with monkeypatch.context() as patch:
+                patch.setattr(env.scene, "_in_view", lambda camera: np.ones(env.scene.model.ngeom, bool))
+                assert np.array_equal(env.scene.render(), seen)
+    assert left_out > 24
+    env.close()
