@@ -222,21 +222,27 @@ def _cheapest(cost: Cost, plans: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _deliberate(cost: Cost, actions: Tensor, value: Tensor, nominal: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """The plan [B, H, A] with the gripper moved only where that pays, never worse than the nominal one.
+    """The plan [B, H, A] with the gripper moved only where that pays, and no earlier; never worse than the nominal one.
 
     Candidates differ by more than their gripper, whose part in the cost may be small. So the plan is compared with itself:
-    without any motion of the gripper, and with one motion at each step.
+    without any motion of the gripper, with one motion at each step, and as it was found. A step's motion can be made up
+    later, a wrong one often not be undone; so of motions that are equal within the margin the latest is taken.
     """
     chosen, horizon = _choices(config), actions.shape[1]
     variants = [_with_gripper(actions, chosen, None, 0.0)]
     variants += [_with_gripper(actions, chosen, h, move) for h in range(horizon) for move in (-1.0, 1.0)]
     costs = _evaluate(cost, torch.stack(variants, 1))
-    still, (moved, index) = costs[:, 0], costs[:, 1:].min(1)
-    moves = torch.stack(variants[1:], 1)[torch.arange(len(index), device=index.device), index]
-    single = torch.where((moved < (1 - config.margin) * still)[:, None, None], moves, variants[0])
+    still, (moved, which) = costs[:, 0], costs[:, 1:].unflatten(1, (horizon, 2)).min(2)  # moved [B, H]
+    steps = torch.arange(horizon, device=costs.device)
+    slack = moved.min(1, keepdim=True)[0].abs() * config.margin
+    latest = torch.where(moved <= moved.min(1, keepdim=True)[0] + slack, steps, -1).amax(1).clamp_min(0)
+    index = 1 + 2 * latest + which.gather(1, latest[:, None])[:, 0]
+    pays = moved.gather(1, latest[:, None])[:, 0] < still - config.margin * still.abs()
+    index = torch.where(pays, index, 0)
+    single = torch.stack(variants, 1)[torch.arange(len(index), device=index.device), index]
     start, single_value = (_evaluate(cost, plan[:, None])[:, 0] for plan in (nominal, single))
-    worth = (single_value > start) | (value < (1 - config.margin) * single_value)  # a longer sequence of motions
-    return torch.where(worth[:, None, None], actions, single), torch.where(worth, value, single_value)
+    keep = (single_value > start) | (value < single_value - config.margin * single_value.abs())
+    return torch.where(keep[:, None, None], actions, single), torch.where(keep, value, single_value)
 
 
 def _with_gripper(actions: Tensor, dims: list[int], step: int | None, move: float) -> Tensor:

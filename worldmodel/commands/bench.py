@@ -28,9 +28,10 @@ from worldmodel import data
 from worldmodel.commands import workers
 
 BUDGETS = {  # samples, iterations, elites, horizon
-    "planner": (128, 4, 16, 2),
+    "planner": (64, 3, 8, 2),
     "simulator": (48, 3, 8, 2),
 }
+SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
 
@@ -71,11 +72,11 @@ class Config:
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
-    """candidate plans per iteration (default: 128; simulator: 48)"""
+    """candidate plans per iteration (default: 64; simulator: 48)"""
     iterations: int | None = None
-    """refinements of a plan (default: 4; simulator: 3)"""
+    """refinements of a plan (default: 3)"""
     elites: int | None = None
-    """candidates that are refined (default: 16; simulator: 8)"""
+    """candidates that are refined (default: 8)"""
     horizon: int | None = None
     """length of a plan (steps) (default: 2)"""
     countdown: bool = False
@@ -96,20 +97,20 @@ class Config:
     """imagined futures of each candidate; 0: the one of the prior's mean"""
     energy: Literal["last", "sum"] = "sum"
     """of the last imagined frame, or of all of them"""
-    distance: Literal["l1", "l2", "cosine"] = "l2"
+    distance: Literal["l1", "l2", "cosine"] = "l1"
     """of features"""
-    proprio_weight: float = 0.3
+    proprio_weight: float = 2.0
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture"""
     subgoal_steps: tuple[int, ...] = ()
-    """steps until the next sub-goal's turn (default: 4 10 4 for three sub-goals, else 8 each)"""
+    """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
     """energy at which the next sub-goal's turn comes; it belongs to a model (default: none)"""
-    patience: int | None = None
-    """steps without progress after which it looks ahead anew, and moves on if that promises none (default: any number)"""
+    patience: int | None = 3
+    """steps without progress after which it looks ahead anew, and moves on if that promises none; none: any number"""
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
-    retry: float | None = None
-    """share of it above which a sub-goal has failed, and the first one's turn comes again (default: never)"""
+    retry: float | None = 0.25
+    """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
@@ -176,6 +177,8 @@ def resolved(config: Config) -> Config:
     filled = {**budget, **given}
     if "elites" not in given:
         filled["elites"] = min(filled["elites"], filled["samples"])
+    if not config.subgoal_steps and config.goal == "subgoals":
+        filled["subgoal_steps"] = SUBGOAL_STEPS.get(config.task, ())
     return dataclasses.replace(config, **filled, model=config.model or model.shipped())
 
 
