@@ -25,9 +25,9 @@ class SamplingConfig:
     """How a sampling planner searches. Raises ValueError for values that make no sense."""
 
     method: Literal["cem", "icem", "mppi"] = "cem"
-    samples: int = 256  # candidates per iteration
-    iterations: int = 4
-    elites: int = 24  # best candidates that the next iteration is drawn around
+    samples: int = 64  # candidates per iteration
+    iterations: int = 3
+    elites: int = 8  # best candidates that the next iteration is drawn around
     std: float | tuple[float, ...] = 0.6  # of the first iteration's noise; one number, or one for each action dimension
     min_std: float = 0.05  # the noise never gets smaller
     fine: float = 1.0  # noise of a candidate is scaled by a factor from here to 1, log-uniform: some look far, some close

@@ -188,6 +188,53 @@ def test_subgoals_take_turns_by_energy():
     assert 8 <= turns.index(1) <= 10 and np.abs(world.position - (0.1, 0.9)).max() < 0.03
 
 
+def test_a_countdown_looks_ahead_a_step_less_each_time():
+    config = AgentConfig(horizon=4, countdown=True, least_horizon=2, subgoal_steps=(6, 9, 9))
+    decisions = go(agent_of(config=config), Plane(), 9, FAR)
+    assert [d.plan.actions.shape[1] for d in decisions] == [4, 3, 2, 2, 2, 2, 4, 3, 2]
+
+
+def test_subgoals_take_turns_where_it_is_stuck():
+    config = AgentConfig(subgoal_steps=(50, 50, 50), patience=2, progress=0.02)
+    world = Plane()
+    turns = [d.subgoal for d in go(agent_of(config=config), world, 40, FAR)]
+    assert turns == sorted(turns) and 8 <= turns.index(1) <= 14 and turns[-1] == 2
+    assert np.abs(world.position - (0.1, 0.9)).max() < 0.03
+
+
+def test_a_failed_subgoal_is_tried_again_from_the_first():
+    class Walled(Plane):
+        """The upper half cannot be entered, which the model does not know; after 30 steps it can."""
+
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            obs = super().step(action)
+            if self.steps <= 30:
+                self.position[1] = min(self.position[1], 0.5)
+                obs = picture(self.position)
+            return obs
+
+    class Honest(PlaneModel):
+        """Knows of the wall."""
+
+        def rollout(self, context, actions, z):
+            imagined = super().rollout(context, actions, z)
+            limit = torch.tensor([1.0, 0.5 if world.steps < 30 else 1.0])
+            return Features(imagined.patches.minimum(limit), imagined.proprio.minimum(limit))
+
+    world = Walled()
+    config = AgentConfig(subgoal_steps=(50, 50, 50), patience=2, progress=0.02, retry=0.3)
+    decisions = go(agent_of(Honest(), config), world, 60, [FAR[0], FAR[1], FAR[1]])
+    turns = [d.subgoal for d in decisions]
+    assert 0 in turns[turns.index(1) :] and turns[-1] == 2
+    never = AgentConfig(subgoal_steps=(50, 50, 50), patience=2, progress=0.02)
+    world = Walled()
+    turns = [d.subgoal for d in go(agent_of(Honest(), never), world, 30, FAR)]
+    assert turns == sorted(turns)
+
+
 def test_a_new_subgoal_is_planned_for_at_once():
     config = AgentConfig(horizon=4, replan=4, subgoal_steps=(2, 9, 9))
     decisions = go(agent_of(config=config), Plane(), 3, FAR)

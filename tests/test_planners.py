@@ -127,6 +127,36 @@ def test_a_gripper_is_a_choice(method):
     assert (plan.actions[..., :3] - 0.3).abs().max() < 0.15
 
 
+def test_a_gripper_moves_as_late_as_it_may():
+    """Of motions that cost the same the latest is taken; with a deadline, the latest before it."""
+    for deadline in (4, 2, 1):
+
+        def cost(actions):  # shut from the deadline on, whenever it closed
+            opening = (1 + actions[..., 3].cumsum(-1)).clamp(0, 1)
+            return 1e-3 * (actions[..., :3] - 0.3).square().sum((-2, -1)) + opening[..., deadline - 1 :].sum(-1) + 1e-3
+
+        plan = planner("cem", gripper="categorical", samples=200).plan(cost, torch.zeros(1, 4, 4), seeded())
+        assert plan.actions[0, :, 3].nonzero().flatten().tolist() == [deadline - 1]
+
+
+def test_a_gripper_stays_where_it_is_unless_that_pays():
+    def cost(actions):  # closing is worth 2 %, which is less than the margin
+        return 1 + (actions[..., :3] - 0.3).square().sum((-2, -1)) + 0.02 * actions[:, :, 0, 3]
+
+    still = planner("cem", gripper="categorical", margin=0.05).plan(cost, torch.zeros(1, 2, 4), seeded())
+    eager = planner("cem", gripper="categorical", margin=0.0).plan(cost, torch.zeros(1, 2, 4), seeded())
+    assert (still.actions[..., 3] == 0).all() and eager.actions[0, 0, 3] == -1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fine_candidates_lie_near_the_warm_start_and_others_far(method):
+    seen = []
+    search = planner(method, std=1.0, fine=0.01, iterations=1)
+    search.plan(lambda a: seen.append(a) or a.sum((-2, -1)), torch.zeros(1, 1, 2), seeded())
+    size = seen[0][0, 1:].norm(dim=-1).flatten()
+    assert (size < 0.05).float().mean() > 0.2 and (size > 0.5).float().mean() > 0.1
+
+
 def test_choices_are_drawn_and_none_dies_out():
     drawn = []
 
@@ -165,6 +195,8 @@ def test_std_for_each_dimension():
     ({"elites": 20, "samples": 10}, "elites is 20 of 10 samples"),
     ({"std": -0.1}, "expected more than 0"),
     ({"momentum": 1.0}, "momentum is 1.0"),
+    ({"fine": 0.0}, "fine is 0.0"),
+    ({"margin": -0.1}, "margin is -0.1"),
 ])  # fmt: skip
 def test_bad_configs_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
