@@ -73,12 +73,11 @@ def replaced(text: str, old: str, new: str) -> str:
 
 @pytest.mark.parametrize("weights", ["tiny", "shipped"])
 def test_the_loop_runs(weights, tmp_path):
-    """Two steps of it, with fewer candidates."""
+    """Two steps of it."""
     if weights == "shipped" and not model.shipped().exists():
         pytest.skip("no weights ship yet")
     assert len(LOOP.strip().splitlines()) <= 15
     code = replaced(LOOP, '-v0")', '-v0", max_steps=2)')
-    code = replaced(code, "samples=128", "samples=16")
     if weights == "tiny":
         code = replaced(code, "model.load()", f"model.load({str(tiny(tmp_path))!r})")
     names: dict = {}
@@ -109,9 +108,7 @@ def test_the_loop_plans_as_the_demo_does(tmp_path):
         assert shown.planner == played.planner
         assert shown.config == played.config
         goal = shown.model.encode({"pixels": np.zeros((96, 96, 3), np.uint8), "proprio": np.ones(7, np.float32)})
-        pair = shown.energy(goal).config, played.energy(goal._replace(proprio=None)).config
-        assert pair[0].proprio_weight == 0 and not config.goal_proprio  # goals are pictures alone in both
-        assert (pair[0].distance, pair[0].horizon, pair[0].discount) == (pair[1].distance, pair[1].horizon, pair[1].discount)
+        assert shown.energy(goal).config == played.energy(goal).config and not config.goal_proprio
     finally:
         names["env"].close()
         player.close()

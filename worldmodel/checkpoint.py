@@ -38,7 +38,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict, 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no {kind} file at {path}; train one or leave the flag out for the shipped weights")
+        raise FileNotFoundError(f"no {kind} file at {path}; make one with `worldmodel pretrain` or `train`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -87,9 +87,13 @@ def draw(config: MaskConfig, batch: int, steps: int, grid: tuple[int, int], rng:
     """Masks for a batch; surplus tokens of a sample are dropped at random, order is kept.
 
     Redrawing what shows or hides less than `config.least` keeps one unlucky sample from emptying the whole batch.
+    Raises ValueError where hardly any mask of this kind fits, as one of the future in a clip of one tubelet.
     """
-    pairs, least = [], max(1, int(config.least * steps * grid[0] * grid[1]))
+    pairs, least, tries = [], max(1, int(config.least * steps * grid[0] * grid[1])), 0
     while len(pairs) < batch:
+        tries += 1
+        if tries > 100 * batch:
+            raise ValueError(f"no masks {config} fit clips of {steps} x {grid[0]} x {grid[1]} tokens; take longer clips or other masks")
         seen, hidden = (m.ravel().nonzero()[0] for m in hide(config, steps, grid, rng))
         if len(seen) >= least and len(hidden) >= least:
             pairs.append((seen, hidden))

@@ -55,8 +55,9 @@ class PretrainConfig:
         unknown = set(self.masks + self.image_masks) - KINDS.keys()
         if unknown:
             raise ValueError(f"unknown masks {sorted(unknown)}; known: {sorted(KINDS)}")
-        if self.frames > 1 and self.frames % self.encoder.tubelet_size:
-            raise ValueError(f"frames {self.frames} is not a multiple of tubelet_size {self.encoder.tubelet_size}")
+        tube = self.encoder.tubelet_size
+        if self.frames > 1 and (self.frames % tube or self.frames == tube):
+            raise ValueError(f"frames is {self.frames}: expected 1, or a multiple of {tube} above {tube}, tubelets in time")
 
 
 class MaskPredictor(nn.Module):
@@ -106,7 +107,7 @@ class Pretraining(nn.Module):
         self.teacher = None
         if latent:
             ema = config.target == "ema"
-            self.teacher = copy.deepcopy(self.encoder) if ema else load_encoder(config.target)
+            self.teacher = copy.deepcopy(self.encoder) if ema else load_encoder(config.target, config.encoder)
             self.teacher.requires_grad_(False)
 
     def loss(self, clips: Tensor, masks: tuple[Masks, ...]) -> dict[str, Tensor]:
@@ -226,7 +227,10 @@ def save_encoder(path: str | Path, encoder: VideoEncoder, about: dict) -> None:
 def load_encoder(path: str | Path, expected: EncoderConfig | None = None) -> VideoEncoder:
     """A frozen encoder from a file. ValueError when its config is not the expected one."""
     tensors, config, _ = load_tensors(path, "encoder")
-    found = EncoderConfig(**config)
+    try:
+        found = EncoderConfig(**config)
+    except TypeError as error:
+        raise ValueError(f"{path} is of another architecture: {error}") from error
     if expected is not None and found != expected:
         raise ValueError(f"{path} is of another architecture: it holds {found}, expected {expected}")
     encoder = VideoEncoder(found)

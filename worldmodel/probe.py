@@ -1,8 +1,8 @@
 """What frozen features know: probes from single frames to gripper and object position and object yaw.
 
 The attentive probe is V-JEPA's (arXiv 2404.08471, section 4): one learned query cross-attends over the patches, then
-an MLP and a linear head. With one query, its keys fold into a score vector per head. The features carry no absolute
-position, so patches get a learned one, the same for every encoder. The ridge probe is linear in all patches.
+an MLP and a linear head. With one query, its keys fold into a score vector per head. Whatever the encoder, patches get
+a learned position, so that it is judged by what it sees. The ridge probe is linear in all patches.
 """
 
 from __future__ import annotations

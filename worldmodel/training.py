@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.checkpoint import fill, load_tensors, save_tensors, write
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
@@ -40,7 +40,7 @@ class Run:
             if not resume:
                 raise FileExistsError(f"{out} holds a run already; add --resume to go on with it or choose another --out")
             self._restore()
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(out.iterdir()) and not (resume and (out / "metrics.jsonl").exists()):
             raise FileExistsError(f"{out} is not empty and holds no checkpoint; choose another --out")
 
     @property
@@ -52,6 +52,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.out.mkdir(parents=True, exist_ok=True)
+        if not self.step:
+            self._forget()  # of a run that was killed before its first checkpoint
         self._writer = SummaryWriter(self.out / "curves", purge_step=self.step)
         start = saved = time.monotonic()
         before = self.seconds
@@ -85,6 +87,12 @@ class Run:
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         save_tensors(self.file, self.kind, tensors, self.config, {"step": self.step, "seconds": self.seconds})
 
+    def _forget(self) -> None:
+        """Drop the lines of metrics.jsonl that will be trained, and so written, again."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        write(path, "".join(line for line in lines if json.loads(line)["step"] < self.step).encode())
+
     def _restore(self) -> None:
         tensors, config, about = load_tensors(self.file, self.kind)
         plain = json.loads(json.dumps(self.config))
@@ -103,6 +111,7 @@ class Run:
                 state.setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.seconds = about["step"], about["seconds"]
+        self._forget()
         logger.info("resuming %s at step %d of %d", self.out, self.step, self.steps)
 
 
