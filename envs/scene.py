@@ -5,6 +5,7 @@ Frame: the robot's base at the origin, x forward, y left, z up, the table's top 
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,8 @@ class Scene:
         """
         if self._renderer is None:
             self._renderer = self._make_renderer()
-            self._free = weakref.finalize(self, self._renderer.close)  # also at exit, while GL is still there
+            self._free = weakref.finalize(self, self._renderer.close)
+            atexit.register(self._free)  # by itself it may come after GL's own end
         views = []
         for camera in cameras or self.cameras:
             self.model.geom_group[:] = np.where(self._in_view(camera), self._groups, _UNSEEN)

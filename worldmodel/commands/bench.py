@@ -99,8 +99,8 @@ class Config:
     """of the last imagined frame, or of all of them"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
     """of features"""
-    proprio_weight: float = 2.0
-    """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture"""
+    proprio_weight: float | None = None
+    """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -118,7 +118,7 @@ class Config:
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {value}, expected at least 1")
         for name in ("seed", "video", "samples_z", "proprio_weight"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
 
 
@@ -177,6 +177,8 @@ def resolved(config: Config) -> Config:
     filled = {**budget, **given}
     if "elites" not in given:
         filled["elites"] = min(filled["elites"], filled["samples"])
+    if config.proprio_weight is None:
+        filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     if not config.subgoal_steps and config.goal == "subgoals":
         filled["subgoal_steps"] = SUBGOAL_STEPS.get(config.task, ())
     return dataclasses.replace(config, **filled, model=config.model or model.shipped())
