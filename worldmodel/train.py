@@ -7,7 +7,6 @@ section 3.1): teacher forcing over the clip, plus the same after imagining for m
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
 from worldmodel.training import Run, optimizer_for, set_rate
 
-logger = logging.getLogger(__name__)
 READER_EPOCHS = 8  # passes of the proprioception reader over the frames
 
 
