@@ -1,8 +1,8 @@
 """The video encoder: tubelet patches into a vision transformer with 3-D rotary positions.
 
 Module names and layout follow V-JEPA 2 (arXiv 2506.09985, section 2.1 and appendix), so that weights of that family
-fit; they have no absolute position (`absolute=False`). For a camera that hardly moves, sine-cosine positions beside
-the rotary ones (V-JEPA, arXiv 2404.08471) learn several times faster.
+fit; they have no absolute position (`absolute=False`). For a camera that hardly moves, sine-cosine positions
+(V-JEPA, arXiv 2404.08471) can be added beside the rotary ones.
 """
 
 from __future__ import annotations
