@@ -39,10 +39,11 @@ class AgentConfig:
     switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
     patience: int | None = None  # steps without progress after which it looks ahead anew, and moves on if that promises none
     progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
-    retry: float | None = None  # share of it above which it has failed where it gets stuck, and begins again at the first
+    retry: float | None = None  # share of it above which a later sub-goal has failed at its end: begin again at the first
+    retries: int = 3  # times, at most, in an episode
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1}
+        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1, "retries": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
@@ -140,6 +141,7 @@ class Agent:
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
         self._actions: deque[Tensor] = deque(maxlen=keep)
         self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
+        self._retries = 0
         self._trail: list[float] = []  # observed energies to the sub-goal
         self.last = None
 
@@ -201,9 +203,21 @@ class Agent:
         self._trail.append(observed)
         if self._subgoal == len(self._energies) - 1:
             return observed
-        if self._since >= self._budget[self._subgoal] or (limit is not None and observed < limit):
+        if limit is not None and observed < limit:
             return self._pursue(self._subgoal + 1, context)
-        return observed
+        return self._leave(context) if self._since >= self._budget[self._subgoal] else observed
+
+    def _has_failed(self) -> bool:
+        """Whether a later sub-goal is still far, and a retry is left: the object was lost on the way."""
+        retry = self.config.retry
+        far = retry is not None and self._trail[-1] > retry * max(self._trail)
+        return far and self._subgoal > 0 and self._retries < self.config.retries
+
+    def _leave(self, context: Context) -> float:
+        """Pass to the next sub-goal, or to the first again where the present one has failed."""
+        failed = self._has_failed()
+        self._retries += failed
+        return self._pursue(0 if failed else self._subgoal + 1, context)
 
     def _pursue(self, subgoal: int, context: Context) -> float:
         self._subgoal, self._since, self._ahead = subgoal, 0, 0
@@ -228,10 +242,10 @@ class Agent:
             return self._decide(context, observed)
         self._ahead = 0
         decision = self._decide(context, observed)
-        if decision.energy < observed - self._progress() or self._subgoal == len(self._energies) - 1:
+        ends = self._subgoal == len(self._energies) - 1
+        if decision.energy < observed - self._progress() or (ends and not self._has_failed()):
             return decision
-        failed = self.config.retry is not None and observed > self.config.retry * max(self._trail)
-        return self._decide(context, self._pursue(0 if failed else self._subgoal + 1, context))
+        return self._decide(context, self._leave(context))
 
     def _decide(self, context: Context, observed: float) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it."""

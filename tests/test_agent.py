@@ -229,6 +229,15 @@ def test_a_failed_subgoal_is_tried_again_from_the_first():
     decisions = go(agent_of(Honest(), config), world, 60, [FAR[0], FAR[1], FAR[1]])
     turns = [d.subgoal for d in decisions]
     assert 0 in turns[turns.index(1) :] and turns[-1] == 2
+    for given in ({"retry": 0.3}, {}):  # where a budget ends it has failed as well
+        world = Walled()
+        budgets = AgentConfig(subgoal_steps=(12, 6, 50), **given)
+        turns = [d.subgoal for d in go(agent_of(Honest(), budgets), world, 25, [FAR[0], FAR[1], FAR[1]])]
+        assert (0 in turns[turns.index(1) :]) == ("retry" in given)
+    once = AgentConfig(subgoal_steps=(12, 6, 50), retry=0.3, retries=0)
+    world = Walled()
+    turns = [d.subgoal for d in go(agent_of(Honest(), once), world, 25, [FAR[0], FAR[1], FAR[1]])]
+    assert turns == sorted(turns)
     never = AgentConfig(subgoal_steps=(50, 50, 50), patience=2, progress=0.02)
     world = Walled()
     turns = [d.subgoal for d in go(agent_of(Honest(), never), world, 30, FAR)]

@@ -113,6 +113,20 @@ def test_training_resumes_bit_exactly_and_learns_something(data, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_predictor_goes_on_from_another_of_the_same_features(data, tmp_path):
+    torch.manual_seed(0)
+    encoder = VideoEncoder(TINY)
+    sizes = dict(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=2, transitions=3)
+    first = train(TrainConfig(**sizes, rate=1e-2), encoder, data, tmp_path / "first", tmp_path / "cache")
+    still = TrainConfig(**sizes, start=str(first), rate=1e-30)
+    a, b = (load_tensors(path, "model")[0] for path in (first, train(still, encoder, data, tmp_path / "on", tmp_path / "cache")))
+    assert all(torch.allclose(a[k], b[k]) for k in a if k.startswith("predictor."))
+    with pytest.raises(ValueError, match="another encoder"):
+        train(still, VideoEncoder(TINY), data, tmp_path / "other", tmp_path / "cache")
+    with pytest.raises(ValueError, match="another architecture"):
+        train(TrainConfig(**sizes | {"depth": 2}, start=str(first)), encoder, data, tmp_path / "deeper", tmp_path / "cache")
+
+
 def test_features_are_cached_once(data, tmp_path):
     torch.manual_seed(0)
     encoder = VideoEncoder(TINY)

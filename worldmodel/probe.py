@@ -64,10 +64,11 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, P, D] -> [B, out]."""
-        x = (features - self.centre) / self.scale + self.place
-        weight = self.score(x).softmax(1)  # [B, P, heads]
-        pooled = torch.einsum("bph,bpd->hbd", weight, x)
-        y = torch.bmm(pooled, self.value).transpose(0, 1).flatten(1)
+        # x = (features - centre) / scale + place, without making it: features, the one large tensor, are read twice
+        score, away = self.score.weight / self.scale, self.place - self.centre / self.scale
+        weight = (F.linear(features, score) + self.score(away)).softmax(1).transpose(1, 2)  # [B, heads, P]
+        pooled = torch.bmm(weight, features) / self.scale + weight @ away  # [B, heads, D]
+        y = torch.bmm(pooled.transpose(0, 1), self.value).transpose(0, 1).flatten(1)
         return self.head(y + self.mlp(y)) * self.std + self.mean
 
 

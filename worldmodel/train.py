@@ -21,7 +21,7 @@ from worldmodel.data import Dataset, Frames
 from worldmodel.encoder import VideoEncoder, autocast
 from worldmodel.interface import Features
 from worldmodel.latent import information_loss
-from worldmodel.model import LatentModel
+from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
 from worldmodel.training import Run, optimizer_for, set_rate
@@ -33,6 +33,7 @@ READER_EPOCHS = 8  # passes of the proprioception reader over the frames
 class TrainConfig:
     """A training recipe; its fields, the encoder and the data decide the weights."""
 
+    start: str = ""  # path of a model whose predictor to start from; empty: random
     merge: int = 2
     embed_dim: int = 256
     depth: int = 4
@@ -143,6 +144,15 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
     return out | {f"copy/{h + 1}": copy[h] for h in range(horizon)}
 
 
+def _start_from(predictor: Predictor, encoder: VideoEncoder, model: LatentModel, path: str) -> None:
+    """Take over the weights of a model's predictor. Raises ValueError when it knows other features or has other sizes."""
+    if identify(model.encoder) != identify(encoder):
+        raise ValueError(f"{path} holds another encoder; a predictor goes on with the features that it knows: give its encoder")
+    if model.predictor.config != predictor.config:
+        raise ValueError(f"{path} is of another architecture: it holds {model.predictor.config}, expected {predictor.config}")
+    predictor.load_state_dict(model.predictor.state_dict())
+
+
 def train(
     config: TrainConfig, encoder: VideoEncoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
     resume: bool = False,
@@ -162,6 +172,8 @@ def train(
         predictor = Predictor(sizes)
     predictor.proprio_mean.copy_(torch.from_numpy(first.proprio.mean(0)))
     predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
+    if config.start:
+        _start_from(predictor, encoder, load(config.start), config.start)
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)

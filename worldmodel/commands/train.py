@@ -18,7 +18,7 @@ class Config:
     data: tuple[Path, ...]
     """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
     encoder: Path
-    """encoder.safetensors that `worldmodel pretrain` wrote"""
+    """encoder.safetensors that `worldmodel pretrain` wrote, or a model.safetensors (by its name), whose encoder is meant"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
     cache: Path | None = None
@@ -30,6 +30,8 @@ class Config:
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
+    start: str = ""
+    """path of a model.safetensors whose predictor to start from, of the same encoder and sizes; empty: random weights"""
     merge: int = 2
     """a token of the predictor holds merge x merge patches; more is faster and coarser"""
     embed_dim: int = 256
@@ -69,13 +71,15 @@ def run(config: Config) -> dict:
 
     from worldmodel.checkpoint import load_tensors
     from worldmodel.data import Dataset
+    from worldmodel.model import load
     from worldmodel.pretrain import load_encoder
     from worldmodel.train import TrainConfig, train
 
     torch.set_num_threads(config.threads)
     names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Config)}
     recipe = TrainConfig(**{name: getattr(config, name) for name in names})
-    encoder, cache = load_encoder(config.encoder), config.cache or config.data[0] / "features"
+    encoder = load(config.encoder).encoder if config.encoder.name.startswith("model") else load_encoder(config.encoder)
+    cache = config.cache or config.data[0] / "features"
     path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
     if path is None:
         return {"finished": False, "run": str(config.out)}
