@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,24 +10,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from worldmodel.data import replacing
+
 FORMAT = "worldmodel-1"
-
-
-def write(path: Path, data: bytes) -> None:
-    """Put data at path in one step, so that a reader finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], config: dict, about: dict | None = None) -> None:
     """Write tensors with what they are (`kind`), their config, and how they were made (`about`)."""
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config), "about": json.dumps(about or {})}
-    write(Path(path), save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata))
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict, dict]:
@@ -60,11 +53,3 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Non
         if have != want:
             raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}")
     module.load_state_dict(tensors)
-
-
-def seeded(*seeds: int) -> torch.Generator:
-    """A generator that depends on all of the seeds."""
-    mixed = 0
-    for seed in seeds:
-        mixed = (mixed * 1_000_003 + seed + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(mixed)

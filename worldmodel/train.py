@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from worldmodel.checkpoint import seeded
 from worldmodel.data import Dataset, Frames
 from worldmodel.encoder import VideoEncoder, autocast
 from worldmodel.interface import Features
@@ -24,7 +23,7 @@ from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
-from worldmodel.training import Run, optimizer_for, set_rate
+from worldmodel.training import Run, optimizer_for, seeded, set_rate
 
 READER_EPOCHS = 8  # passes of the proprioception reader over the frames
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from worldmodel.checkpoint import fill, load_tensors, save_tensors, write
+from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.data import replacing
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
@@ -91,7 +92,8 @@ class Run:
         """Drop the lines of metrics.jsonl that will be trained, and so written, again."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write(path, "".join(line for line in lines if json.loads(line)["step"] < self.step).encode())
+        with replacing(path) as file:
+            file.write("".join(line for line in lines if json.loads(line)["step"] < self.step).encode())
 
     def _restore(self) -> None:
         tensors, config, about = load_tensors(self.file, self.kind)
@@ -138,3 +140,11 @@ def effective_rank(features: torch.Tensor) -> float:
     values = torch.linalg.svdvals(features.float() - features.float().mean(0))
     share = values / values.sum().clamp_min(1e-12) + 1e-12
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def seeded(*seeds: int) -> torch.Generator:
+    """A generator that depends on all of the seeds."""
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 1_000_003 + seed + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(mixed)
