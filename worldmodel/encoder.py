@@ -1,7 +1,7 @@
 """The video encoder: tubelet patches into a vision transformer with 3-D rotary positions.
 
 Module names and layout follow V-JEPA 2 (arXiv 2506.09985, section 2.1 and appendix), so that weights of that family
-fit; they have no absolute position (`absolute=False`). For a camera that hardly moves, sine-cosine positions
+fit; they have no absolute position and no stem (`absolute=False`, `stem=0`). For a camera that hardly moves, sine-cosine positions
 (V-JEPA, arXiv 2404.08471) can be added beside the rotary ones.
 """
 
@@ -30,6 +30,7 @@ class EncoderConfig:
     mlp_ratio: float = 4.0
     absolute: bool = True  # add sine-cosine positions to the patches; V-JEPA 2: False
     rope_base: float = 100.0  # V-JEPA 2: 10000; 100 suits grids of some ten patches
+    stem: int = 0  # hidden units of a two-layer patch embedding; 0: one linear map, as V-JEPA 2
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -132,22 +133,35 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of tubelets, held as the 3-D convolution that V-JEPA 2 names `patch_embed.proj`."""
+    """Linear map of tubelets, held as the 3-D convolution that V-JEPA 2 names `patch_embed.proj`.
+
+    With a stem, GELU and a second linear map follow: a linear map alone cannot tell where in its patch a thing is
+    whatever its colour, and a small transformer takes long to learn it.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         size = (config.tubelet_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.embed_dim, kernel_size=size, stride=size)
+        self.proj = nn.Conv3d(3, config.stem or config.embed_dim, kernel_size=size, stride=size)
+        self.out = nn.Linear(config.stem, config.embed_dim) if config.stem else None
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches [B, L, 3 * tubelet * patch * patch] -> [B, L, embed_dim]; the convolution as one matrix product."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        """patches [B, L, 3 * tubelet * patch^2], or [B, L, 3 * patch^2] of single frames, which fill their tubelets.
+
+        -> [B, L, embed_dim]; the convolution as one matrix product.
+        """
+        weight = self.proj.weight.flatten(1)
+        if patches.shape[-1] < weight.shape[1]:
+            weight = self.proj.weight.sum(2).flatten(1)  # the same frame at all times of the kernel
+        x = F.linear(patches, weight, self.proj.bias)
+        return x if self.out is None else self.out(F.gelu(x))
 
 
 def patchify(clips: Tensor, config: EncoderConfig) -> Tensor:
-    """Tubelets of clips uint8 [B, T, h, w, 3], T a multiple of the tubelet or 1: uint8 [B, L, 3 * tubelet * patch^2].
+    """Tubelets of clips uint8 [B, T, h, w, 3], T a multiple of the tubelet: uint8 [B, L, 3 * tubelet * patch^2].
 
-    A single frame is repeated to fill its tubelet. They stay uint8 until `scaled`, after the visible ones are taken.
+    Those of a single frame, T = 1, are [B, L, 3 * patch^2]; `PatchEmbed` takes the frame as repeated to fill its tubelet.
+    They stay uint8 until `scaled`, after the visible ones are taken.
     """
     rows, columns = config.grid
     size, tube = config.patch_size, config.tubelet_size
@@ -159,7 +173,7 @@ def patchify(clips: Tensor, config: EncoderConfig) -> Tensor:
     if clips.dtype != torch.uint8:
         raise ValueError(f"expected pixels of dtype uint8 in 0..255, got {clips.dtype}")
     if clips.shape[1] == 1:
-        clips = clips.expand(-1, tube, -1, -1, -1)
+        tube = 1
     if clips.shape[1] % tube:
         raise ValueError(f"expected 1 frame or a multiple of tubelet_size {tube}, got {clips.shape[1]} frames")
     steps = clips.shape[1] // tube
@@ -184,6 +198,8 @@ class VideoEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
         initialise(self)
+        if config.stem:
+            nn.init.trunc_normal_(self.patch_embed.out.weight, std=config.stem**-0.5)  # beside positions of deviation 0.7
 
     def forward(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
         """Features of the visible tubelets.
@@ -241,7 +257,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """bfloat16 autocast where the processor computes it natively, else none."""
+    """bfloat16 autocast where matrix products gain by it: on a processor with AMX (with AVX-512 alone they lose), on CUDA."""
     kind = torch.device(device).type
-    native = torch.cpu._is_avx512_bf16_supported() if kind == "cpu" else torch.cuda.is_bf16_supported()
+    native = torch.cpu._is_amx_tile_supported() if kind == "cpu" else torch.cuda.is_bf16_supported()
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=native)

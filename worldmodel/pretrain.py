@@ -3,7 +3,12 @@
 V-JEPA (arXiv 2404.08471, section 3; V-JEPA 2, arXiv 2506.09985, section 2.1): a context encoder sees the visible
 tokens, a mask predictor fills in the hidden ones, an exponential moving average of the encoder gives the layer-normed
 targets, the loss is L1. Two other targets share all of it: the pixels, or the features of a frozen first encoder
-trained on pixels (SALT, arXiv 2509.24317).
+trained on pixels (SALT, arXiv 2509.24317). Pixels are whitened by place: over a still background all that varies, a
+small object too, then counts alike.
+
+Beside the mask predictor, `summary_weight` adds a second one that sees the visible tokens through a bottleneck alone, a
+few numbers that attention has pooled (as the token bottleneck of ToBo, arXiv 2507.06543). The mask predictor is content
+with features that say what their own patch looks like; the bottleneck has room only for where things are.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, ini
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.training import Run, effective_rank, optimizer_for, set_rate
 
+PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -36,6 +43,8 @@ class PretrainConfig:
     start: str = ""  # path of an encoder to start from; empty: random
     pixel_weight: float = 0.0  # adds a pixel reconstruction loss beside the latent one
     visible_weight: float = 0.0  # adds the loss on visible tokens (V-JEPA 2.1, arXiv 2603.14482)
+    summary_weight: float = 0.0  # adds the loss of the same targets, predicted through a bottleneck
+    summary_dim: int = 64  # numbers in the bottleneck
     frames: int = 4  # per clip; 1 is image mode
     stride: int = 2  # environment steps between the frames of a clip
     image_share: float = 0.5  # share of the steps that train on single frames
@@ -49,7 +58,7 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("predictor_dim", "predictor_depth", "predictor_heads", "frames", "stride", "batch", "steps"):
+        for name in ("predictor_dim", "predictor_depth", "predictor_heads", "summary_dim", "frames", "stride", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
         unknown = set(self.masks + self.image_masks) - KINDS.keys()
@@ -61,19 +70,16 @@ class PretrainConfig:
 
 
 class MaskPredictor(nn.Module):
-    """Narrow transformer that predicts targets at every token from the visible tokens' features."""
+    """Narrow transformer that predicts at every token from the visible tokens' features."""
 
-    def __init__(self, config: PretrainConfig, latent: bool, pixels: bool) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         dim, wide = config.predictor_dim, config.encoder.embed_dim
-        self.config = config
+        self.config, self.dim = config, dim
         self.predictor_embed = nn.Linear(wide, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, config.predictor_heads, 4.0) for _ in range(config.predictor_depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.to_latent = nn.Linear(dim, wide) if latent else None
-        size = 3 * config.encoder.tubelet_size * config.encoder.patch_size**2
-        self.to_pixels = nn.Linear(dim, size) if pixels else None
         initialise(self)
 
     def forward(self, seen: Tensor, masks: Masks, where: Tensor) -> Tensor:
@@ -90,8 +96,56 @@ class MaskPredictor(nn.Module):
         return self.norm(x)
 
 
+class SummaryPredictor(nn.Module):
+    """Predicts at every token from a few numbers that attention has pooled from the visible tokens' features."""
+
+    def __init__(self, config: PretrainConfig, heads: int = 16, dim: int = 256) -> None:
+        super().__init__()
+        wide = config.encoder.embed_dim
+        self.dim = dim
+        self.score = nn.Linear(wide, heads)
+        self.value = nn.Parameter(torch.randn(heads, wide, 16) * wide**-0.5)
+        self.squeeze = nn.Sequential(nn.LayerNorm(16 * heads), nn.Linear(16 * heads, config.summary_dim))
+        self.place = nn.Linear(3 * 16 * 2, dim)
+        self.modulate = nn.ModuleList(nn.Linear(config.summary_dim, 2 * dim) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+
+    def forward(self, seen: Tensor, masks: Masks, where: Tensor) -> Tensor:
+        """seen [B, V, D], where [L, 3] -> [B, V + M, dim]: the visible tokens first."""
+        pooled = self.score(seen).softmax(1).transpose(1, 2) @ seen  # [B, heads, D]
+        values = torch.bmm(pooled.transpose(0, 1), self.value).transpose(0, 1).flatten(1)
+        summary = self.squeeze(values)  # [B, summary_dim]
+        place = self.place(sinusoids(where, 3 * 16 * 2))  # [L, dim]
+        (scale1, shift1), (scale2, shift2) = (m(summary)[:, None].chunk(2, -1) for m in self.modulate)
+        x = F.gelu(self.mix[0](F.gelu(place * (1 + scale1) + shift1)))  # [B, L, dim]
+        x = x + F.gelu(self.mix[1](x) * (1 + scale2) + shift2)
+        return take(x, torch.cat(masks, 1))
+
+
+class Heads(nn.Module):
+    """From a predictor's tokens to the targets: latent, pixels or both."""
+
+    def __init__(self, config: PretrainConfig, dim: int) -> None:
+        super().__init__()
+        latent, pixels = config.target != "pixels", config.target == "pixels" or config.pixel_weight > 0
+        size = 3 * config.encoder.tubelet_size * config.encoder.patch_size**2
+        self.times = config.encoder.tubelet_size
+        self.to_latent = nn.Linear(dim, config.encoder.embed_dim) if latent else None
+        self.to_pixels = nn.Linear(dim, size) if pixels else None
+        initialise(self)
+
+    def error(self, name: str, filled: Tensor, target: Tensor) -> Tensor:
+        """Error of tokens [B, n, dim] for a target [B, n, C]: absolute for `latent`, squared for `pixels`."""
+        if name == "latent":
+            return (self.to_latent(filled).float() - target).abs()
+        weight, bias = self.to_pixels.weight, self.to_pixels.bias
+        if target.shape[-1] < len(bias):  # a single frame: the mean of what is said of the tubelet's times
+            weight, bias = (w.unflatten(0, (3, self.times, -1)).mean(1).flatten(0, 1) for w in (weight, bias))
+        return (F.linear(filled, weight, bias).float() - target).square()
+
+
 class Pretraining(nn.Module):
-    """Context encoder, mask predictor and target, with the loss that ties them."""
+    """Context encoder, predictors and target, with the loss that ties them."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
@@ -99,48 +153,64 @@ class Pretraining(nn.Module):
         torch_state = torch.get_rng_state()
         torch.manual_seed(config.seed)  # module constructors draw from the global state: lend it, give it back
         self.encoder = VideoEncoder(config.encoder)
-        latent, pixels = config.target != "pixels", config.target == "pixels" or config.pixel_weight > 0
-        self.predictor = MaskPredictor(config, latent, pixels)
+        predictors = [MaskPredictor(config)] + ([SummaryPredictor(config)] if config.summary_weight else [])
+        self.predictors = nn.ModuleList(predictors)
+        self.heads = nn.ModuleList(Heads(config, predictor.dim) for predictor in predictors)
         torch.set_rng_state(torch_state)
         if config.start:
             self.encoder.load_state_dict(load_encoder(config.start, config.encoder).state_dict())
         self.teacher = None
-        if latent:
+        if config.target != "pixels":
             ema = config.target == "ema"
             self.teacher = copy.deepcopy(self.encoder) if ema else load_encoder(config.target, config.encoder)
             self.teacher.requires_grad_(False)
+        shape = config.encoder.patches, 3 * config.encoder.patch_size**2
+        self.register_buffer("pixel_mean", torch.zeros(shape))
+        self.register_buffer("pixel_std", torch.ones(shape))
+
+    def whiten(self, frames: Tensor) -> None:
+        """Take mean and deviation of every pixel from frames uint8 [M, h, w, 3]."""
+        pixels = scaled(patchify(frames[:, None], self.config.encoder))  # [M, P, 3 * patch^2]
+        self.pixel_mean.copy_(pixels.mean(0))
+        self.pixel_std.copy_(pixels.std(0).clamp_min(PIXEL_FLOOR))
 
     def loss(self, clips: Tensor, masks: tuple[Masks, ...]) -> dict[str, Tensor]:
         """Losses of clips uint8 [B, T, h, w, 3]; `loss` is the one to minimise."""
-        patches = patchify(clips, self.config.encoder)  # [B, L, C]
-        where = positions(patches.shape[1] // self.config.encoder.patches, self.config.encoder.grid, clips.device)
-        target = None
+        config = self.config
+        patches = patchify(clips, config.encoder)  # [B, L, C]
+        where = positions(patches.shape[1] // config.encoder.patches, config.encoder.grid, clips.device)
+        targets = {}
         if self.teacher is not None:
             with torch.no_grad():
-                target = self.teacher(patches).float()
-                target = F.layer_norm(target, target.shape[-1:])  # [B, L, D]
-        out: dict[str, Tensor] = {}
+                features = self.teacher(patches).float()
+                targets["latent"] = F.layer_norm(features, features.shape[-1:])  # [B, L, D]
+        if self.heads[0].to_pixels is not None:
+            targets["pixels"] = self._whitened(patches)
+        weights = {"latent": 1.0, "pixels": 1.0 if self.teacher is None else config.pixel_weight}
+        out: dict[str, Tensor] = {"loss": torch.zeros((), device=clips.device)}
         for mask in masks:
-            filled = self.predictor(self.encoder(patches, mask.visible), mask, where)  # [B, V + M, dim]
-            index, split = torch.cat(mask, 1), mask.visible.shape[1]
-            if not self.config.visible_weight:
-                filled, index, split = filled[:, split:], mask.hidden, 0
-            terms = {}
-            if target is not None:
-                terms["latent"] = self._spread((self.predictor.to_latent(filled).float() - take(target, index)).abs(), split)
-            if self.predictor.to_pixels is not None:
-                error = (self.predictor.to_pixels(filled).float() - scaled(take(patches, index))).square()
-                terms["pixels"] = self._spread(error, split)
-            for name, value in terms.items():
-                out[name] = out.get(name, 0) + value / len(masks)
-        weight = 1.0 if self.teacher is None else self.config.pixel_weight
-        out["loss"] = out.get("latent", 0) + weight * out.get("pixels", 0)
+            seen, index, split = self.encoder(patches, mask.visible), torch.cat(mask, 1), mask.visible.shape[1]
+            for predictor, heads, share, prefix in zip(
+                self.predictors, self.heads, (1.0, config.summary_weight), ("", "summary_")
+            ):
+                filled = predictor(seen, mask, where)  # [B, V + M, dim]
+                for name, target in targets.items():
+                    value = self._spread(heads.error(name, filled, take(target, index)), split) / len(masks)
+                    out[prefix + name] = out.get(prefix + name, 0) + value
+                    out["loss"] = out["loss"] + share * weights[name] * value
         return out
+
+    def _whitened(self, patches: Tensor) -> Tensor:
+        """Pixels [B, L, C] in units of their own deviation over the data, at their place."""
+        x = scaled(patches).unflatten(2, (3, -1, self.config.encoder.patch_size**2))  # [B, L, 3, times, patch^2]
+        x = x.unflatten(1, (-1, self.config.encoder.patches))
+        mean, std = (b.unflatten(1, (3, 1, -1)) for b in (self.pixel_mean, self.pixel_std))
+        return ((x - mean) / std).flatten(1, 2).flatten(2)
 
     def _spread(self, error: Tensor, split: int) -> Tensor:
         """Mean error on hidden tokens, plus the weighted one on visible tokens (the first `split`)."""
-        hidden = error[:, split:].mean()
-        return hidden + self.config.visible_weight * error[:, :split].mean() if split else hidden
+        weight = self.config.visible_weight
+        return error[:, split:].mean() + (weight * error[:, :split].mean() if weight else 0)
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
@@ -174,9 +244,11 @@ def pretrain(
     """
     frames = data.load(keys=("pixels",))
     model = Pretraining(config)
+    rng = np.random.default_rng(config.seed)
+    model.whiten(torch.from_numpy(frames.sample_clips(4000, 1, 1, rng)["pixels"][:, 0]))
+    held = torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"][:, 0])
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, "pretraining", _plain(config, data), model, optimizer, config.steps, minutes, resume)
-    held = torch.from_numpy(frames.sample_clips(256, 1, 1, np.random.default_rng(config.seed))["pixels"][:, 0])
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         single = config.frames == 1 or rng.random() < config.image_share

@@ -34,6 +34,10 @@ class Config:
     """weight of a pixel reconstruction loss beside that of features; with --target pixels it changes nothing"""
     visible_weight: float = 0.0
     """weight of the loss on visible patches, beside 1 on hidden ones"""
+    summary_weight: float = 0.0
+    """weight of a second predictor, which sees the visible patches through a bottleneck of --summary-dim numbers"""
+    summary_dim: int = 64
+    """numbers in that bottleneck"""
     image_size: int = 96
     """height and width of one view (pixels), as the data has it"""
     views: int = 1
@@ -46,6 +50,8 @@ class Config:
     """transformer blocks of the encoder"""
     num_heads: int = 3
     """attention heads of the encoder; divides --embed-dim"""
+    stem: int = 0
+    """hidden units of a two-layer patch embedding, which finds small things sooner; 0: one linear map, as V-JEPA 2"""
     frames: int = 4
     """frames in a clip: an even number, or 1 for single images alone (I-JEPA)"""
     stride: int = 2
@@ -81,7 +87,7 @@ def run(config: Config) -> dict:
     torch.set_num_threads(config.threads)
     encoder = EncoderConfig(
         config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
-        num_heads=config.num_heads,
+        num_heads=config.num_heads, stem=config.stem,
     )  # fmt: skip
     names = {f.name for f in dataclasses.fields(PretrainConfig)} & {f.name for f in dataclasses.fields(Config)}
     recipe = PretrainConfig(encoder=encoder, **{name: getattr(config, name) for name in names})
