@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import os
 import shlex
 import time
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from worldmodel import data
 from worldmodel.commands import workers
 
 OBJECTS = {"box": ("box",), "cup": ("cup",), "both": ("box", "cup")}
+BATCH = 4  # episodes that a worker collects at a go, writing each while it records the next
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +80,13 @@ def run(config: Config) -> dict:
         missing = _missing(config, folder)
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc="collect", unit="episode")
         with bar:
-            for future in as_completed([pool.submit(_collect, config, folder, i) for i in missing]):
-                steps += future.result()
-                bar.update()
-                bar.set_postfix_str(f"{steps / (time.perf_counter() - start):.0f} steps/s")
+            size = max(1, min(BATCH, len(missing) // count))
+            batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+            for future in as_completed([pool.submit(_collect, config, folder, batch) for batch in batches]):
+                lengths = future.result()
+                steps += sum(lengths)
+                bar.set_postfix_str(f"{steps / (time.perf_counter() - start):.0f} steps/s", refresh=False)
+                bar.update(len(lengths))
         seconds = time.perf_counter() - start
         checksums = [data.checksum(data.episode_path(folder, i)) for i in range(config.episodes)]
         data.write_recipe(folder, _command(config), _recipe(config), config.episodes, checksums)
@@ -100,6 +105,7 @@ def _try_out(config: Config) -> None:
     """Make this worker's environments and draw once."""
     for object in OBJECTS[config.object]:
         _env(config, object).reset(seed=config.seed)
+    gc.freeze()  # or the collector goes through all that was imported again and again
 
 
 def _refuse_another(config: Config) -> None:
@@ -155,10 +161,18 @@ def _missing(config: Config, folder: Path) -> list[int]:
     return [i for i, path in enumerate(paths) if path not in sound]
 
 
-def _collect(config: Config, folder: Path, index: int) -> int:
-    """Collect one episode and return its number of steps."""
-    episode = record(config, config.seed + index)
-    data.write_episode(data.episode_path(folder, index), episode)
+def _collect(config: Config, folder: Path, batch: list[int]) -> list[int]:
+    """Collect a few episodes and return their numbers of steps; all of them are on disk then."""
+    with ThreadPoolExecutor(1) as writer:  # which waits for the disk while the next episode is recorded
+        writes = []
+        for index in batch:
+            episode = record(config, config.seed + index)
+            writes.append(writer.submit(_write, data.episode_path(folder, index), episode))
+    return [write.result() for write in writes]
+
+
+def _write(path: Path, episode: dict[str, np.ndarray]) -> int:
+    data.write_episode(path, episode)
     return len(episode["actions"])
 
 
@@ -173,7 +187,7 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     return {
         **episode.obs,
         "actions": episode.actions,
-        **{key: np.stack([np.asarray(info[key]) for info in episode.infos]) for key in privileged},
+        **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
         "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]),  # events in the step before
         "seed": np.int64(seed),
         "task": config.task,
