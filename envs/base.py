@@ -256,10 +256,10 @@ class PandaEnv(gym.Env):
     def _unsafe(self, contacts: list[Contacts]) -> dict[str, float]:
         """Return what went wrong in a step, with the measured value: N, m or rad."""
         unsafe, scene = {}, self.scene
-        peak = max(c.object_force for c in contacts)
+        peak = max([c.object_force for c in contacts])
         if peak > OBJECT_FORCE_LIMIT:
             unsafe["object_force"] = peak
-        peak = max(c.table_force for c in contacts)
+        peak = max([c.table_force for c in contacts])
         if peak > TABLE_FORCE_LIMIT:
             unsafe["table_force"] = peak
         if any(c.self_collision for c in contacts):
@@ -270,8 +270,8 @@ class PandaEnv(gym.Env):
         fallen = self._fallen(contacts[-1])
         if fallen > DROP_HEIGHT:
             unsafe["dropped"] = fallen
-        low, high = scene.model.jnt_range[:7].T
-        room = float(np.minimum(scene.joints - low, high - scene.joints).min())
+        limits = zip(scene.joints.tolist(), scene.model.jnt_range[:7].tolist())
+        room = min([min(angle - low, high - angle) for angle, (low, high) in limits])
         if room < JOINT_MARGIN:
             unsafe["joint_limit"] = room
         return unsafe
@@ -295,4 +295,4 @@ class PandaEnv(gym.Env):
             raise ValueError(f"action has shape {action.shape}: expected ({self.config.action_dim},)")
         if not np.isfinite(action).all():
             raise ValueError(f"action is {action}: expected finite numbers in [-1, 1]")
-        return np.clip(action, -1.0, 1.0)
+        return action.clip(-1.0, 1.0)

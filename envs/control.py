@@ -25,14 +25,14 @@ TURN_LEASH = 0.1  # rad
 DOWN = np.diag([1.0, -1.0, -1.0])  # orientation of the hand when it points straight down
 VELOCITY_LIMITS = dict(zip((f"joint{i}" for i in range(1, 8)), (2.175,) * 4 + (2.61,) * 3, strict=True))  # rad/s
 # Where the joints' targets are on the way to the new ones, at the start of each of the equal parts of a step.
-_PROFILE = (0.3, 0.65, 1.0, 1.0, 1.0)
+_PROFILE = np.array([0.3, 0.65, 1.0, 1.0, 1.0])
 _LOOKS = (1, 2, 3)  # the parts after which contacts are looked at; the end of the step is the caller's
 
 
 def euler_from_down(mat: np.ndarray) -> np.ndarray:
     """Extrinsic xyz Euler angles [3], rad, of a hand's orientation [3, 3] relative to straight down."""
     r = mat @ DOWN  # DOWN is its own inverse
-    pitch = np.arcsin(np.clip(-r[2, 0], -1.0, 1.0))
+    pitch = np.arcsin(min(max(-r[2, 0], -1.0), 1.0))
     return np.array([np.arctan2(r[2, 1], r[2, 2]), pitch, np.arctan2(r[1, 0], r[0, 0])])
 
 
@@ -78,20 +78,24 @@ class DifferentialIK:
         position, velocity = self.limits
         upper[:nv] = position.gain * (position.upper - q)
         upper[nv : 2 * nv] = position.gain * (q - position.lower)
-        upper[2 * nv :].reshape(2, nv)[:] = dt * velocity.limit
+        upper[2 * nv : 3 * nv] = upper[3 * nv :] = dt * velocity.limit
         return h, -(error @ jacobian), self._g, upper
 
     def solve(self, pos: np.ndarray, mat: np.ndarray, joints: np.ndarray, solves: int, dt: float) -> np.ndarray:
         """Return joints [7] that bring the tool centre point towards a pose, `solves` steps of `dt` seconds from `joints`."""
-        self.arm.update(joints)
-        self.hand.set_target(mink.SE3.from_rotation_and_translation(mink.SO3.from_matrix(mat), pos))
+        arm, target = self.arm, np.empty(7)
+        mujoco.mju_mat2Quat(target[:4], mat.ravel())
+        target[4:] = pos
+        self.hand.set_target(mink.SE3(target))
+        arm.data.qpos[:] = joints
         for _ in range(solves):
+            arm.update()
             h, f, g, upper = self.program(dt)
             x, _, flag, _ = daqp.solve(h, f, g, upper, self._lower, self._kinds)
             if flag <= 0:
                 raise RuntimeError(f"inverse kinematics: daqp found no solution (exit flag {flag})")
-            self.arm.integrate_inplace(x / dt, dt)
-        return self.arm.q
+            mujoco.mj_integratePos(arm.model, arm.data.qpos, x / dt, dt)
+        return arm.q
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Controller:
 
     def hand_at(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where the hand is, tool centre point [3], m, and orientation [3, 3], with `joints_at(pos)`."""
-        self.joints_at(pos)
+        self._ik.arm.update(self.joints_at(pos))
         hand = self._ik.arm.data.site("tcp")
         return hand.xpos.copy(), hand.xmat.reshape(3, 3).copy()
 
@@ -141,24 +145,24 @@ class Controller:
         """Run one action; yields at times on the way, so that the caller can look at contacts."""
         old = self.state
         new = self._next(old, action)
-        ctrl = self._scene.data.ctrl
-        for part, fraction in enumerate(_PROFILE):
-            ctrl[:7] = old.joints + fraction * (new.joints - old.joints)
-            ctrl[7] = old.opening + fraction * (new.opening - old.opening)
-            mujoco.mj_step(self._scene.model, self._scene.data, self._substeps)
+        model, data = self._scene.model, self._scene.data
+        before, after = (np.append(state.joints, state.opening) for state in (old, new))
+        for part, ctrl in enumerate(before + _PROFILE[:, None] * (after - before)):
+            data.ctrl[:] = ctrl
+            mujoco.mj_step(model, data, self._substeps)
             if part in _LOOKS:
                 yield
         self.state = new
 
     def _next(self, old: ControlState, action: np.ndarray) -> ControlState:
         tcp = self._scene.tcp_pos
-        held = tcp + np.clip(old.pos - tcp, -LEASH, LEASH)
-        pos = np.clip(held + MOVE * action[:3], WORKSPACE[0], WORKSPACE[1])
+        held = tcp + (old.pos - tcp).clip(-LEASH, LEASH)
+        pos = (held + MOVE * action[:3]).clip(*WORKSPACE)
         mat = old.mat
         if len(action) == 7:
             mat = rotation(TURN * action[3:6]) @ self._leashed(mat)
         joints = self._ik.solve(pos, mat, old.joints, solves=2, dt=STEP_SECONDS / 2)
-        opening = float(np.clip(old.opening + MAX_OPENING * action[-1], 0.0, MAX_OPENING))
+        opening = min(max(float(old.opening + MAX_OPENING * action[-1]), 0.0), MAX_OPENING)
         return ControlState(joints, pos, mat, opening)
 
     def _leashed(self, mat: np.ndarray) -> np.ndarray:

