@@ -40,6 +40,7 @@ class EnvConfig:
     randomization: str = "none"  # none, mild, strong
     render_goals: bool = True  # False: goals carry no pixels; for collecting data
     stop_on_success: bool = True  # False: an episode goes on until max_steps
+    render_observations: bool = True  # False: they carry qpos instead of pixels, which `Scene.film` draws afterwards
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", tuple(self.cameras))
@@ -93,10 +94,12 @@ class PandaEnv(gym.Env):
         self.config, self.render_mode = config, render_mode
         self.task = TASKS[config.task]
         size = config.image_size
-        pixels = gym.spaces.Box(0, 255, (size, size * len(config.cameras), 3), np.uint8)
-        self.observation_space = gym.spaces.Dict({"pixels": pixels, "proprio": gym.spaces.Box(_LOW, _HIGH)})
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (config.action_dim,), np.float32)
         self.scene = Scene(config.object, size, config.cameras)
+        seen = {"pixels": gym.spaces.Box(0, 255, (size, size * len(config.cameras), 3), np.uint8)}
+        if not config.render_observations:
+            seen = {"qpos": gym.spaces.Box(-np.inf, np.inf, (self.scene.model.nq,), np.float64)}
+        self.observation_space = gym.spaces.Dict({**seen, "proprio": gym.spaces.Box(_LOW, _HIGH)})
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (config.action_dim,), np.float32)
         self.controller = Controller(self.scene)
         self.randomizer = Randomizer(self.scene)
         self.variation = Variation({}, None)
@@ -154,6 +157,8 @@ class PandaEnv(gym.Env):
 
     def observe(self) -> dict[str, np.ndarray]:
         """Return the observation of the present state."""
+        if not self.config.render_observations:
+            return {"qpos": self.scene.data.qpos.copy(), "proprio": self.proprio()}
         return {"pixels": self.scene.render(), "proprio": self.proprio()}
 
     def observe_at(self, pose: Pose) -> dict[str, np.ndarray]:

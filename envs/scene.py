@@ -68,6 +68,40 @@ def yaw_quat(yaw: float) -> np.ndarray:
     return np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)])
 
 
+class Renderer:
+    """Draws pictures of a model: `mujoco.Renderer`, with what is the same in all of them made once."""
+
+    def __init__(self, model: mujoco.MjModel, size: int) -> None:
+        self._model = model
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 1)
+        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._all = int(mujoco.mjtCatBit.mjCAT_ALL)
+        self._rect = mujoco.MjrRect(0, 0, size, size)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[int(flag)] = 0
+        self._gl = mujoco.GLContext(size, size)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+
+    def draw(self, data: mujoco.MjData, camera: int) -> np.ndarray:
+        """Return what a camera sees, uint8 [size, size, 3]."""
+        self._camera.fixedcamid = camera
+        mujoco.mjv_updateScene(self._model, data, self._option, self._perturb, self._camera, self._all, self._scene)
+        self._gl.make_current()
+        mujoco.mjr_render(self._rect, self._scene, self._context)
+        upside_down = np.empty((self._rect.height, self._rect.width, 3), np.uint8)
+        mujoco.mjr_readPixels(upside_down, None, self._rect, self._context)
+        return upside_down[::-1].copy()
+
+    def close(self) -> None:
+        """Free the GL context."""
+        self._gl.free()
+        self._context.free()
+
+
 class Scene:
     """Robot, table, one object, and the means to look at them.
 
@@ -81,7 +115,7 @@ class Scene:
         self.data = mujoco.MjData(self.model)
         self.spec = OBJECTS[object]
         self.image_size, self.cameras = image_size, cameras
-        self._renderer: mujoco.Renderer | None = None
+        self._renderer: Renderer | None = None
         self._tcp = self.model.site("tcp").id
         self._object = self.model.body("object").id
         self._qpos = int(self.model.joint("object").qposadr[0])
@@ -212,9 +246,23 @@ class Scene:
         views = []
         for camera in cameras or self.cameras:
             self.model.geom_group[:] = np.where(self._in_view(camera), self._groups, _UNSEEN)
-            self._renderer.update_scene(self.data, camera)
-            views.append(self._renderer.render())
+            views.append(self._renderer.draw(self.data, self._camera_ids[camera]))
         return views[0] if len(views) == 1 else np.concatenate(views, axis=1)
+
+    def film(self, qpos: np.ndarray) -> np.ndarray:
+        """Draw the scene as it was at generalised positions [n, nq]: uint8 [n, size, size * views, 3]; its state stays.
+
+        Pictures are the same as those drawn on the way, in less time: physics and drawing take turns less often at
+        driving each other out of the processor's caches.
+        """
+        before, pictures = self.get_state(), []
+        for positions in qpos:
+            self.data.qpos[:] = positions
+            mujoco.mj_kinematics(self.model, self.data)
+            mujoco.mj_camlight(self.model, self.data)
+            pictures.append(self.render())
+        self.set_state(before)
+        return np.stack(pictures)
 
     def _in_view(self, camera: str) -> np.ndarray:
         """Tell which geoms [geom] reach into a camera's view; drawing the others takes time and changes no pixel."""
@@ -224,14 +272,11 @@ class Scene:
         outside = np.maximum(abs(x), abs(y)) * math.cos(half) + z * math.sin(half)  # m, of the nearest side
         return outside < self._reach
 
-    def _make_renderer(self) -> mujoco.Renderer:
+    def _make_renderer(self) -> Renderer:
         try:
-            renderer = mujoco.Renderer(self.model, self.image_size, self.image_size)
+            return Renderer(self.model, self.image_size)
         except Exception as error:
             raise RuntimeError(f"{REMEDY} ({type(error).__name__})") from error
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[int(flag)] = 0
-        return renderer
 
     def close(self) -> None:
         """Free the GL context."""

@@ -14,6 +14,7 @@ import envs
 from envs.check import check
 from envs.control import DOWN as DIRECTION
 from envs.control import MOVE, ControlState
+from envs.run import rollout
 from envs.scene import HOME
 from envs.tasks import Pose
 
@@ -238,6 +239,21 @@ def test_goals_are_the_same_without_pictures(object):
         assert all(np.array_equal(a["proprio"], b["proprio"]) for a, b in zip(one, other, strict=True))
     drawn.close()
     plain.close()
+
+
+def test_pictures_drawn_afterwards_are_the_same():
+    drawn, later = (
+        envs.make(envs.EnvConfig(cameras=("front", "wrist"), randomization="strong", render_goals=r, render_observations=r))
+        for r in (True, False)
+    )
+    assert later.observation_space.contains(later.reset(seed=3)[0])
+    first, second = (rollout(env, lambda obs, info: CLOSE + DOWN, seed=3, max_steps=6) for env in (drawn, later))
+    state = later.get_state().physics
+    assert np.array_equal(later.scene.film(second.obs["qpos"]), first.obs["pixels"])
+    assert np.array_equal(later.get_state().physics, state)
+    assert np.array_equal(first.obs["proprio"], second.obs["proprio"]) and "pixels" not in second.obs
+    drawn.close()
+    later.close()
 
 
 def test_what_is_out_of_view_is_not_drawn_and_changes_no_pixel(monkeypatch):

@@ -104,7 +104,9 @@ def report(result: dict) -> str:
 def _try_out(config: Config) -> None:
     """Make this worker's environments and draw once."""
     for object in OBJECTS[config.object]:
-        _env(config, object).reset(seed=config.seed)
+        env = _env(config, object)
+        env.reset(seed=config.seed)
+        env.scene.render()
     gc.freeze()  # or the collector goes through all that was imported again and again
 
 
@@ -185,7 +187,8 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     episode = run.rollout(env, lambda obs, info: policy(info), seed)
     privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
     return {
-        **episode.obs,
+        "pixels": env.scene.film(episode.obs["qpos"]),
+        "proprio": episode.obs["proprio"],
         "actions": episode.actions,
         **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
         "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]),  # events in the step before
@@ -204,7 +207,7 @@ def _env(config: Config, object: str):
 
     names = {field.name for field in dataclasses.fields(envs.EnvConfig)} & set(vars(config))
     same = {name: getattr(config, name) for name in names}
-    return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False}))
+    return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False, "render_observations": False}))
 
 
 def _summary(config: Config, collected: int, steps: int, seconds: float) -> dict:
