@@ -1,5 +1,7 @@
 """The encoder: layout, rotary positions, single frames, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ def test_the_matrix_product_is_the_convolution():
     wanted = encoder.patch_embed.proj(video).flatten(2).transpose(1, 2)
     found = encoder.patch_embed(scaled(patchify(clips, SMALL)))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stem", [0, 20])
+def test_a_single_frame_fills_its_tubelet(stem):
+    encoder = VideoEncoder(replace(SMALL, stem=stem))
+    frame = pixels(2, 1, 32, 32, 3)
+    torch.testing.assert_close(
+        encoder(patchify(frame, SMALL)), encoder(patchify(frame.expand(-1, 2, -1, -1, -1), SMALL)), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_rotary_attention_depends_on_relative_positions_only():

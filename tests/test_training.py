@@ -8,10 +8,13 @@ import torch
 
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.data import Dataset, checksum, episode_path, write_episode, write_recipe
-from worldmodel.encoder import EncoderConfig, VideoEncoder
-from worldmodel.pretrain import PretrainConfig, Pretraining, load_encoder, pretrain, save_encoder
+from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
+from worldmodel.masking import KINDS, Masks, draw
+from worldmodel.pretrain import (
+    PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, load_encoder, pretrain, save_encoder,
+)  # fmt: skip
 from worldmodel.probe import Labels, attentive, ridge
-from worldmodel.train import TrainConfig, cached_features, train
+from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate
 
 TINY = EncoderConfig(image_size=24, patch_size=8, embed_dim=24, depth=1, num_heads=1)
@@ -43,12 +46,12 @@ def recipe(**changes):
     return PretrainConfig(**{"encoder": TINY, "predictor_dim": 24, "predictor_depth": 1, "predictor_heads": 1, "batch": 4, "steps": 6} | changes)
 
 
-@pytest.mark.parametrize("target", ["ema", "pixels"])
-def test_pretraining_resumes_bit_exactly(data, tmp_path, target):
-    whole = pretrain(recipe(target=target), data, tmp_path / "whole")
-    assert pretrain(recipe(target=target), data, tmp_path / "parts", minutes=1e-9) is None
+@pytest.mark.parametrize("changes", [{}, {"target": "pixels", "summary_weight": 1.0, "summary_dim": 6}])
+def test_pretraining_resumes_bit_exactly(data, tmp_path, changes):
+    whole = pretrain(recipe(**changes), data, tmp_path / "whole")
+    assert pretrain(recipe(**changes), data, tmp_path / "parts", minutes=1e-9) is None
     for _ in range(10):
-        path = pretrain(recipe(target=target), data, tmp_path / "parts", minutes=1e-9, resume=True)
+        path = pretrain(recipe(**changes), data, tmp_path / "parts", minutes=1e-9, resume=True)
         if path is not None:
             break
     a, b = load_tensors(whole, "encoder")[0], load_tensors(path, "encoder")[0]
@@ -65,13 +68,37 @@ def test_a_frozen_encoder_can_be_the_target(data, tmp_path):
 
 def test_losses_by_target():
     clips = torch.randint(0, 256, (3, 4, 24, 24, 3), dtype=torch.uint8)
-    from worldmodel.masking import KINDS, draw
-
     masks = (draw(KINDS["half"], 3, 2, (3, 3), np.random.default_rng(0)),)
     assert set(Pretraining(recipe()).loss(clips, masks)) == {"latent", "loss"}
     assert set(Pretraining(recipe(target="pixels")).loss(clips, masks)) == {"pixels", "loss"}
     both = Pretraining(recipe(pixel_weight=0.5)).loss(clips, masks)
     torch.testing.assert_close(both["loss"], both["latent"] + 0.5 * both["pixels"])
+    through = Pretraining(recipe(summary_weight=2.0)).loss(clips, masks)
+    torch.testing.assert_close(through["loss"], through["latent"] + 2.0 * through["summary_latent"])
+
+
+def test_the_summary_predictor_sees_the_tokens_through_its_bottleneck_alone():
+    predictor = SummaryPredictor(recipe(summary_dim=3))
+    masks = Masks(torch.arange(5).expand(2, -1), torch.arange(5, 9).expand(2, -1))
+    where, seen = positions(1, (3, 3)), torch.randn(2, 5, 24)
+    filled = predictor(seen, masks, where)
+    assert filled.shape == (2, 9, predictor.dim)
+    order = torch.randperm(5)
+    torch.testing.assert_close(predictor(seen[:, order], masks, where), filled)  # pooled: order is nothing
+    slopes = torch.func.jacrev(lambda x: predictor(x[None], masks, where)[0].flatten())(seen[0]).flatten(1)
+    assert torch.linalg.matrix_rank(slopes, rtol=1e-4) <= 3
+
+
+def test_pixels_are_whitened_by_place(data):
+    model = Pretraining(recipe(target="pixels"))
+    frames = torch.from_numpy(data.load(keys=("pixels",)).pixels)
+    model.whiten(frames)
+    single, clips = model._whitened(patchify(frames[:, None], TINY)), frames[:8].unflatten(0, (2, 4))
+    varies = model.pixel_std > PIXEL_FLOOR
+    torch.testing.assert_close(single.mean(0), torch.zeros(9, 192), atol=1e-3, rtol=0)
+    torch.testing.assert_close(single.std(0)[varies], torch.ones(int(varies.sum())), atol=1e-3, rtol=0)
+    video = model._whitened(patchify(clips, TINY)).unflatten(2, (3, 2, -1)).unflatten(1, (2, 9))  # [B, t, P, 3, 2, p^2]
+    torch.testing.assert_close(video[0, 1, :, :, 1].flatten(1), single[3], atol=1e-4, rtol=1e-4)
 
 
 def test_the_target_is_not_trained_but_follows():
@@ -118,6 +145,7 @@ def test_a_predictor_goes_on_from_another_of_the_same_features(data, tmp_path):
     encoder = VideoEncoder(TINY)
     sizes = dict(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=2, transitions=3)
     first = train(TrainConfig(**sizes, rate=1e-2), encoder, data, tmp_path / "first", tmp_path / "cache")
+    assert identify(load_encoder(first)) == identify(encoder)
     still = TrainConfig(**sizes, start=str(first), rate=1e-30)
     a, b = (load_tensors(path, "model")[0] for path in (first, train(still, encoder, data, tmp_path / "on", tmp_path / "cache")))
     assert all(torch.allclose(a[k], b[k]) for k in a if k.startswith("predictor."))

@@ -24,23 +24,24 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], config
         file.write(save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata))
 
 
-def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict, dict]:
+def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict, dict]:
     """Tensors, config and about of a file that `save_tensors` wrote.
 
-    Raises FileNotFoundError without a file, ValueError when it is damaged, of another format or of another kind.
+    Raises FileNotFoundError without a file, ValueError when it is damaged, of another format or of none of the kinds.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no {kind} file at {path}; make one with `worldmodel pretrain` or `train`")
+        raise FileNotFoundError(f"no {' or '.join(kinds)} file at {path}; make one with `worldmodel pretrain` or `train`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again or train it anew") from error
-    if metadata.get("format") != FORMAT or metadata.get("kind") != kind:
+    if metadata.get("format") != FORMAT or metadata.get("kind") not in kinds:
         found = metadata.get("kind", "a file of another program")
-        raise ValueError(f"{path} holds {found!r}, expected {kind!r}; give a file that `worldmodel` wrote as {kind}")
+        wanted = " or ".join(kinds)
+        raise ValueError(f"{path} holds {found!r}, expected {wanted}; give a file that `worldmodel` wrote as {wanted}")
     return tensors, json.loads(metadata["config"]), json.loads(metadata["about"])
 
 

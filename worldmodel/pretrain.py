@@ -297,8 +297,11 @@ def save_encoder(path: str | Path, encoder: VideoEncoder, about: dict) -> None:
 
 
 def load_encoder(path: str | Path, expected: EncoderConfig | None = None) -> VideoEncoder:
-    """A frozen encoder from a file. ValueError when its config is not the expected one."""
-    tensors, config, _ = load_tensors(path, "encoder")
+    """The frozen encoder of an encoder's or a whole model's file. ValueError when its config is not the expected one."""
+    tensors, config, _ = load_tensors(path, "encoder", "model")
+    if "encoder" in config:  # a model
+        prefix, config = "encoder.", config["encoder"]
+        tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     try:
         found = EncoderConfig(**config)
     except TypeError as error:

@@ -26,7 +26,7 @@ class Config:
     """What to probe, and with how much."""
 
     encoder: Path | None = None
-    """encoder.safetensors or model.safetensors (by its name) to probe (None: the shipped model's)"""
+    """encoder.safetensors or model.safetensors to probe (None: the shipped model's)"""
     frames: int = 30_000
     """frames to train the probes on"""
     test_frames: int = 4_000
@@ -89,12 +89,12 @@ def run(config: Config) -> dict:
 
     from worldmodel import probe
     from worldmodel.encoder import VideoEncoder
-    from worldmodel.model import load, shipped
+    from worldmodel.model import shipped
     from worldmodel.pretrain import load_encoder
 
     torch.set_num_threads(config.threads)
     path = config.encoder or shipped()
-    encoder = load(path).encoder if path.name.startswith("model") else load_encoder(path)
+    encoder = load_encoder(path)
     kinds = ("attentive", "ridge") if config.ridge else ("attentive",)
     with tempfile.TemporaryDirectory() as folder:
         train, train_labels = frames_of(config, Path(folder, "train"), config.seed, config.frames)

@@ -18,7 +18,7 @@ class Config:
     data: tuple[Path, ...]
     """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
     encoder: Path
-    """encoder.safetensors that `worldmodel pretrain` wrote, or a model.safetensors (by its name), whose encoder is meant"""
+    """encoder.safetensors that `worldmodel pretrain` wrote, or a model.safetensors, whose encoder is meant"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
     cache: Path | None = None
@@ -71,14 +71,13 @@ def run(config: Config) -> dict:
 
     from worldmodel.checkpoint import load_tensors
     from worldmodel.data import Dataset
-    from worldmodel.model import load
     from worldmodel.pretrain import load_encoder
     from worldmodel.train import TrainConfig, train
 
     torch.set_num_threads(config.threads)
     names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Config)}
     recipe = TrainConfig(**{name: getattr(config, name) for name in names})
-    encoder = load(config.encoder).encoder if config.encoder.name.startswith("model") else load_encoder(config.encoder)
+    encoder = load_encoder(config.encoder)
     cache = config.cache or config.data[0] / "features"
     path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
     if path is None:
