@@ -6,7 +6,7 @@ import pytest
 from worldmodel.masking import KINDS, MaskConfig, draw, hide
 
 
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"open"}))
 def test_masks_are_disjoint_varied_and_reproducible(name):
     steps = 1 if name == "image" else 3
     masks = draw(KINDS[name], 16, steps, (8, 8), np.random.default_rng(0))

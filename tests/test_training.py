@@ -11,7 +11,7 @@ from worldmodel.data import Dataset, checksum, episode_path, write_episode, writ
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.pretrain import (
-    PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, load_encoder, pretrain, save_encoder,
+    PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, load_encoder, pretrain, save_encoder,
 )  # fmt: skip
 from worldmodel.probe import Labels, attentive, ridge
 from worldmodel.train import TrainConfig, cached_features, identify, train
@@ -68,25 +68,40 @@ def test_a_frozen_encoder_can_be_the_target(data, tmp_path):
 
 def test_losses_by_target():
     clips = torch.randint(0, 256, (3, 4, 24, 24, 3), dtype=torch.uint8)
-    masks = (draw(KINDS["half"], 3, 2, (3, 3), np.random.default_rng(0)),)
+    masks = draw(KINDS["half"], 3, 2, (3, 3), np.random.default_rng(0))
     assert set(Pretraining(recipe()).loss(clips, masks)) == {"latent", "loss"}
     assert set(Pretraining(recipe(target="pixels")).loss(clips, masks)) == {"pixels", "loss"}
     both = Pretraining(recipe(pixel_weight=0.5)).loss(clips, masks)
     torch.testing.assert_close(both["loss"], both["latent"] + 0.5 * both["pixels"])
     through = Pretraining(recipe(summary_weight=2.0)).loss(clips, masks)
-    torch.testing.assert_close(through["loss"], through["latent"] + 2.0 * through["summary_latent"])
+    torch.testing.assert_close(through["loss"], through["latent"] + 2.0 * through["summary"])
+
+
+def test_an_open_mask_trains_on_visible_tokens_alone():
+    clips = torch.randint(0, 256, (3, 1, 24, 24, 3), dtype=torch.uint8)
+    masks = draw(KINDS["open"], 3, 1, (3, 3), np.random.default_rng(0))
+    assert masks.visible.shape == (3, 9) and masks.hidden.shape == (3, 0)
+    assert torch.isfinite(Pretraining(recipe(target="pixels", visible_weight=1.0)).loss(clips, masks)["loss"])
+    with pytest.raises(ValueError, match="visible_weight"):
+        recipe(image_masks=("open",))
 
 
 def test_the_summary_predictor_sees_the_tokens_through_its_bottleneck_alone():
     predictor = SummaryPredictor(recipe(summary_dim=3))
-    masks = Masks(torch.arange(5).expand(2, -1), torch.arange(5, 9).expand(2, -1))
     where, seen = positions(1, (3, 3)), torch.randn(2, 5, 24)
-    filled = predictor(seen, masks, where)
-    assert filled.shape == (2, 9, predictor.dim)
-    order = torch.randperm(5)
-    torch.testing.assert_close(predictor(seen[:, order], masks, where), filled)  # pooled: order is nothing
-    slopes = torch.func.jacrev(lambda x: predictor(x[None], masks, where)[0].flatten())(seen[0]).flatten(1)
+    drawn = predictor(seen, where)
+    assert drawn.shape == (2, 9, 48)
+    torch.testing.assert_close(predictor(seen[:, torch.randperm(5)], where), drawn)  # pooled: order is nothing
+    slopes = torch.func.jacrev(lambda x: predictor(x[None], where)[0].flatten())(seen[0]).flatten(1)
     assert torch.linalg.matrix_rank(slopes, rtol=1e-4) <= 3
+
+
+def test_blurred_pictures_keep_places():
+    frame = torch.zeros(1, 1, 24, 24, 3, dtype=torch.uint8)
+    frame[0, 0, 17:19, 3:5] = 255
+    drawn = blurred(frame, TINY)  # [1, 9, 48]
+    assert drawn.shape == (1, 9, 48) and drawn.mean(-1).argmax() == 6  # third row, first column
+    torch.testing.assert_close(blurred(frame.expand(-1, 4, -1, -1, -1), TINY), drawn.repeat(1, 2, 1))
 
 
 def test_pixels_are_whitened_by_place(data):

@@ -28,10 +28,11 @@ class MaskConfig:
 
     Blocks cover `scale` of the frame each, at an aspect ratio from `aspect`, over a random run of `duration` (a share
     of the clip's time, 1 = all of it, as V-JEPA; less leaves every patch visible at some time). `future` hides all
-    that follows a random first part of the clip. `kind="image"` is I-JEPA's: a context block minus the targets.
+    that follows a random first part of the clip. `kind="image"` is I-JEPA's: a context block minus the targets. `kind="open"`
+    hides nothing, for losses on visible tokens.
     """
 
-    kind: str = "blocks"  # blocks | future | image
+    kind: str = "blocks"  # blocks | future | image | open
     blocks: int = 8
     scale: tuple[float, float] = (0.15, 0.15)
     aspect: tuple[float, float] = (0.75, 1.5)
@@ -39,8 +40,8 @@ class MaskConfig:
     least: float = 0.15  # a mask that shows or hides a smaller share of the tokens is drawn again
 
     def __post_init__(self) -> None:
-        if self.kind not in ("blocks", "future", "image"):
-            raise ValueError(f"unknown mask kind {self.kind!r}; known: blocks, future, image")
+        if self.kind not in ("blocks", "future", "image", "open"):
+            raise ValueError(f"unknown mask kind {self.kind!r}; known: blocks, future, image, open")
         if self.blocks < 1 or not 0 < self.duration <= 1:
             raise ValueError(f"expected blocks >= 1 and 0 < duration <= 1, got {self.blocks} and {self.duration}")
 
@@ -51,8 +52,9 @@ KINDS = {
     "half": MaskConfig(blocks=8, scale=(0.15, 0.25), duration=0.5),
     "future": MaskConfig(kind="future"),
     "image": MaskConfig(kind="image", blocks=4, scale=(0.15, 0.2)),
+    "open": MaskConfig(kind="open"),
 }
-"""The masks that recipes name: V-JEPA's two groups, blocks over half of the time, the future, I-JEPA's."""
+"""The masks that recipes name: V-JEPA's two groups, blocks over half of the time, the future, I-JEPA's, none."""
 
 
 def block(grid: tuple[int, int], scale: float, aspect: float, rng: np.random.Generator) -> np.ndarray:
@@ -89,6 +91,9 @@ def draw(config: MaskConfig, batch: int, steps: int, grid: tuple[int, int], rng:
     Redrawing what shows or hides less than `config.least` keeps one unlucky sample from emptying the whole batch.
     Raises ValueError where hardly any mask of this kind fits, as one of the future in a clip of one tubelet.
     """
+    if config.kind == "open":
+        every = torch.arange(steps * grid[0] * grid[1]).expand(batch, -1)
+        return Masks(every, every[:, :0])
     pairs, least, tries = [], max(1, int(config.least * steps * grid[0] * grid[1])), 0
     while len(pairs) < batch:
         tries += 1

@@ -7,8 +7,9 @@ trained on pixels (SALT, arXiv 2509.24317). Pixels are whitened by place: over a
 small object too, then counts alike.
 
 Beside the mask predictor, `summary_weight` adds a second one that sees the visible tokens through a bottleneck alone, a
-few numbers that attention has pooled (as the token bottleneck of ToBo, arXiv 2507.06543). The mask predictor is content
-with features that say what their own patch looks like; the bottleneck has room only for where things are.
+few numbers that attention has pooled (as the token bottleneck of ToBo, arXiv 2507.06543), and draws the whole frame from
+them, blurred. The mask predictor is content with features that say what their own patch looks like; the bottleneck has
+room only for where things are, and a blurred picture of a small thing tells its way to a place where it is not yet.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.training import Run, effective_rank, optimizer_for, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
+BLURRED_FLOOR = 0.02  # the same of a blurred one
+_PLACE = 96  # sines and cosines of a place that the summary predictor knows
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class PretrainConfig:
     start: str = ""  # path of an encoder to start from; empty: random
     pixel_weight: float = 0.0  # adds a pixel reconstruction loss beside the latent one
     visible_weight: float = 0.0  # adds the loss on visible tokens (V-JEPA 2.1, arXiv 2603.14482)
-    summary_weight: float = 0.0  # adds the loss of the same targets, predicted through a bottleneck
+    summary_weight: float = 0.0  # adds the loss of blurred frames drawn from a bottleneck
     summary_dim: int = 64  # numbers in the bottleneck
     frames: int = 4  # per clip; 1 is image mode
     stride: int = 2  # environment steps between the frames of a clip
@@ -64,22 +67,28 @@ class PretrainConfig:
         unknown = set(self.masks + self.image_masks) - KINDS.keys()
         if unknown:
             raise ValueError(f"unknown masks {sorted(unknown)}; known: {sorted(KINDS)}")
+        if "open" in self.masks + self.image_masks and not self.visible_weight:
+            raise ValueError("the mask 'open' hides nothing: it needs a visible_weight above 0")
         tube = self.encoder.tubelet_size
         if self.frames > 1 and (self.frames % tube or self.frames == tube):
             raise ValueError(f"frames is {self.frames}: expected 1, or a multiple of {tube} above {tube}, tubelets in time")
 
 
 class MaskPredictor(nn.Module):
-    """Narrow transformer that predicts at every token from the visible tokens' features."""
+    """Narrow transformer that predicts targets at every token from the visible tokens' features."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         dim, wide = config.predictor_dim, config.encoder.embed_dim
-        self.config, self.dim = config, dim
+        latent, pixels = config.target != "pixels", config.target == "pixels" or config.pixel_weight > 0
+        self.config = config
         self.predictor_embed = nn.Linear(wide, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, config.predictor_heads, 4.0) for _ in range(config.predictor_depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.to_latent = nn.Linear(dim, wide) if latent else None
+        size = 3 * config.encoder.tubelet_size * config.encoder.patch_size**2
+        self.to_pixels = nn.Linear(dim, size) if pixels else None
         initialise(self)
 
     def forward(self, seen: Tensor, masks: Masks, where: Tensor) -> Tensor:
@@ -95,53 +104,58 @@ class MaskPredictor(nn.Module):
             x = block(x, by)
         return self.norm(x)
 
-
-class SummaryPredictor(nn.Module):
-    """Predicts at every token from a few numbers that attention has pooled from the visible tokens' features."""
-
-    def __init__(self, config: PretrainConfig, heads: int = 16, dim: int = 256) -> None:
-        super().__init__()
-        wide = config.encoder.embed_dim
-        self.dim = dim
-        self.score = nn.Linear(wide, heads)
-        self.value = nn.Parameter(torch.randn(heads, wide, 16) * wide**-0.5)
-        self.squeeze = nn.Sequential(nn.LayerNorm(16 * heads), nn.Linear(16 * heads, config.summary_dim))
-        self.place = nn.Linear(3 * 16 * 2, dim)
-        self.modulate = nn.ModuleList(nn.Linear(config.summary_dim, 2 * dim) for _ in range(2))
-        self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
-
-    def forward(self, seen: Tensor, masks: Masks, where: Tensor) -> Tensor:
-        """seen [B, V, D], where [L, 3] -> [B, V + M, dim]: the visible tokens first."""
-        pooled = self.score(seen).softmax(1).transpose(1, 2) @ seen  # [B, heads, D]
-        values = torch.bmm(pooled.transpose(0, 1), self.value).transpose(0, 1).flatten(1)
-        summary = self.squeeze(values)  # [B, summary_dim]
-        place = self.place(sinusoids(where, 3 * 16 * 2))  # [L, dim]
-        (scale1, shift1), (scale2, shift2) = (m(summary)[:, None].chunk(2, -1) for m in self.modulate)
-        x = F.gelu(self.mix[0](F.gelu(place * (1 + scale1) + shift1)))  # [B, L, dim]
-        x = x + F.gelu(self.mix[1](x) * (1 + scale2) + shift2)
-        return take(x, torch.cat(masks, 1))
-
-
-class Heads(nn.Module):
-    """From a predictor's tokens to the targets: latent, pixels or both."""
-
-    def __init__(self, config: PretrainConfig, dim: int) -> None:
-        super().__init__()
-        latent, pixels = config.target != "pixels", config.target == "pixels" or config.pixel_weight > 0
-        size = 3 * config.encoder.tubelet_size * config.encoder.patch_size**2
-        self.times = config.encoder.tubelet_size
-        self.to_latent = nn.Linear(dim, config.encoder.embed_dim) if latent else None
-        self.to_pixels = nn.Linear(dim, size) if pixels else None
-        initialise(self)
-
     def error(self, name: str, filled: Tensor, target: Tensor) -> Tensor:
-        """Error of tokens [B, n, dim] for a target [B, n, C]: absolute for `latent`, squared for `pixels`."""
+        """Error of tokens [B, n, predictor_dim] for a target [B, n, C]: absolute for `latent`, squared for `pixels`."""
         if name == "latent":
             return (self.to_latent(filled).float() - target).abs()
         weight, bias = self.to_pixels.weight, self.to_pixels.bias
         if target.shape[-1] < len(bias):  # a single frame: the mean of what is said of the tubelet's times
-            weight, bias = (w.unflatten(0, (3, self.times, -1)).mean(1).flatten(0, 1) for w in (weight, bias))
+            times = self.config.encoder.tubelet_size
+            weight, bias = (w.unflatten(0, (3, times, -1)).mean(1).flatten(0, 1) for w in (weight, bias))
         return (F.linear(filled, weight, bias).float() - target).square()
+
+
+class SummaryPredictor(nn.Module):
+    """Draws blurred pictures from a few numbers that attention has pooled from the visible tokens' features."""
+
+    def __init__(self, config: PretrainConfig, heads: int = 16, dim: int = 256) -> None:
+        super().__init__()
+        wide = config.encoder.embed_dim
+        self.score = nn.Linear(wide, heads)
+        self.value = nn.Parameter(torch.randn(heads, wide, 16) * wide**-0.5)
+        self.squeeze = nn.Sequential(nn.LayerNorm(16 * heads), nn.Linear(16 * heads, config.summary_dim))
+        self.place = nn.Linear(_PLACE, dim)
+        self.modulate = nn.ModuleList(nn.Linear(config.summary_dim, 2 * dim) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+        self.to_cells = nn.Linear(dim, 3 * cells_of(config.encoder) ** 2)
+
+    def forward(self, seen: Tensor, where: Tensor) -> Tensor:
+        """Features seen [B, V, D], places where [L, 3] -> [B, L, 3 * cells^2], as `blurred`."""
+        pooled = self.score(seen).softmax(1).transpose(1, 2) @ seen  # [B, heads, D]
+        values = torch.bmm(pooled.transpose(0, 1), self.value).transpose(0, 1).flatten(1)
+        summary = self.squeeze(values)  # [B, summary_dim]
+        place = self.place(sinusoids(where, _PLACE))  # [L, dim]
+        (scale1, shift1), (scale2, shift2) = (m(summary)[:, None].chunk(2, -1) for m in self.modulate)
+        x = F.gelu(self.mix[0](F.gelu(place * (1 + scale1) + shift1)))  # [B, L, dim]
+        return self.to_cells(x + F.gelu(self.mix[1](x) * (1 + scale2) + shift2))
+
+
+def cells_of(config: EncoderConfig) -> int:
+    """Cells along a patch's side in a blurred picture."""
+    return next(n for n in (3, 4, 2, 1) if config.patch_size % n == 0)
+
+
+def blurred(clips: Tensor, config: EncoderConfig) -> Tensor:
+    """Clips uint8 [B, T, h, w, 3] as coarse, blurred pictures of their tubelets: float32 [B, L, 3 * cells^2]."""
+    cells = cells_of(config)
+    x = scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, 3, h, w]
+    x = F.avg_pool2d(x, config.patch_size // cells)
+    for _ in range(2):
+        x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+    x = x.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).permute(0, 2, 4, 1, 3, 5)  # [B * T, rows, columns, 3, ...]
+    x = x.flatten(3).flatten(1, 2).unflatten(0, clips.shape[:2])  # [B, T, P, 3 * cells^2]
+    tube = min(clips.shape[1], config.tubelet_size)
+    return x.unflatten(1, (-1, tube)).mean(2).flatten(1, 2)
 
 
 class Pretraining(nn.Module):
@@ -153,9 +167,8 @@ class Pretraining(nn.Module):
         torch_state = torch.get_rng_state()
         torch.manual_seed(config.seed)  # module constructors draw from the global state: lend it, give it back
         self.encoder = VideoEncoder(config.encoder)
-        predictors = [MaskPredictor(config)] + ([SummaryPredictor(config)] if config.summary_weight else [])
-        self.predictors = nn.ModuleList(predictors)
-        self.heads = nn.ModuleList(Heads(config, predictor.dim) for predictor in predictors)
+        self.predictor = MaskPredictor(config)
+        self.summary = SummaryPredictor(config) if config.summary_weight else None
         torch.set_rng_state(torch_state)
         if config.start:
             self.encoder.load_state_dict(load_encoder(config.start, config.encoder).state_dict())
@@ -164,40 +177,43 @@ class Pretraining(nn.Module):
             ema = config.target == "ema"
             self.teacher = copy.deepcopy(self.encoder) if ema else load_encoder(config.target, config.encoder)
             self.teacher.requires_grad_(False)
-        shape = config.encoder.patches, 3 * config.encoder.patch_size**2
-        self.register_buffer("pixel_mean", torch.zeros(shape))
-        self.register_buffer("pixel_std", torch.ones(shape))
+        sizes = {"pixel": 3 * config.encoder.patch_size**2, "blurred": 3 * cells_of(config.encoder) ** 2}
+        for name, size in sizes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(config.encoder.patches, size))
+            self.register_buffer(f"{name}_std", torch.ones(config.encoder.patches, size))
 
     def whiten(self, frames: Tensor) -> None:
-        """Take mean and deviation of every pixel from frames uint8 [M, h, w, 3]."""
+        """Take mean and deviation of every pixel, and blurred pixel, from frames uint8 [M, h, w, 3]."""
         pixels = scaled(patchify(frames[:, None], self.config.encoder))  # [M, P, 3 * patch^2]
         self.pixel_mean.copy_(pixels.mean(0))
         self.pixel_std.copy_(pixels.std(0).clamp_min(PIXEL_FLOOR))
+        coarse = blurred(frames[:, None], self.config.encoder)
+        self.blurred_mean.copy_(coarse.mean(0))
+        self.blurred_std.copy_(coarse.std(0).clamp_min(BLURRED_FLOOR))
 
-    def loss(self, clips: Tensor, masks: tuple[Masks, ...]) -> dict[str, Tensor]:
+    def loss(self, clips: Tensor, masks: Masks) -> dict[str, Tensor]:
         """Losses of clips uint8 [B, T, h, w, 3]; `loss` is the one to minimise."""
         config = self.config
         patches = patchify(clips, config.encoder)  # [B, L, C]
         where = positions(patches.shape[1] // config.encoder.patches, config.encoder.grid, clips.device)
-        targets = {}
+        index, split = torch.cat(masks, 1), masks.visible.shape[1]
+        seen = self.encoder(patches, masks.visible)
+        filled = self.predictor(seen, masks, where)  # [B, V + M, predictor_dim]
+        out = {}
         if self.teacher is not None:
             with torch.no_grad():
-                features = self.teacher(patches).float()
-                targets["latent"] = F.layer_norm(features, features.shape[-1:])  # [B, L, D]
-        if self.heads[0].to_pixels is not None:
-            targets["pixels"] = self._whitened(patches)
-        weights = {"latent": 1.0, "pixels": 1.0 if self.teacher is None else config.pixel_weight}
-        out: dict[str, Tensor] = {"loss": torch.zeros((), device=clips.device)}
-        for mask in masks:
-            seen, index, split = self.encoder(patches, mask.visible), torch.cat(mask, 1), mask.visible.shape[1]
-            for predictor, heads, share, prefix in zip(
-                self.predictors, self.heads, (1.0, config.summary_weight), ("", "summary_")
-            ):
-                filled = predictor(seen, mask, where)  # [B, V + M, dim]
-                for name, target in targets.items():
-                    value = self._spread(heads.error(name, filled, take(target, index)), split) / len(masks)
-                    out[prefix + name] = out.get(prefix + name, 0) + value
-                    out["loss"] = out["loss"] + share * weights[name] * value
+                target = self.teacher(patches).float()
+                target = F.layer_norm(target, target.shape[-1:])  # [B, L, D]
+            out["latent"] = self._spread(self.predictor.error("latent", filled, take(target, index)), split)
+        if self.predictor.to_pixels is not None:
+            target = self._whitened(patches)
+            out["pixels"] = self._spread(self.predictor.error("pixels", filled, take(target, index)), split)
+        out["loss"] = out.get("latent", 0) + (1.0 if self.teacher is None else config.pixel_weight) * out.get("pixels", 0)
+        if self.summary is not None:
+            target = blurred(clips, config.encoder).unflatten(1, (-1, config.encoder.patches))
+            target = ((target - self.blurred_mean) / self.blurred_std).flatten(1, 2)
+            out["summary"] = (self.summary(seen, where).float() - target).square().mean()
+            out["loss"] = out["loss"] + config.summary_weight * out["summary"]
         return out
 
     def _whitened(self, patches: Tensor) -> Tensor:
@@ -210,7 +226,8 @@ class Pretraining(nn.Module):
     def _spread(self, error: Tensor, split: int) -> Tensor:
         """Mean error on hidden tokens, plus the weighted one on visible tokens (the first `split`)."""
         weight = self.config.visible_weight
-        return error[:, split:].mean() + (weight * error[:, :split].mean() if weight else 0)
+        hidden = error[:, split:].mean() if split < error.shape[1] else 0.0
+        return hidden + (weight * error[:, :split].mean() if weight else 0.0)
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
@@ -257,7 +274,7 @@ def pretrain(
         kinds = config.image_masks if single else config.masks
         kind = KINDS[kinds[rng.integers(len(kinds))]]
         tubes = max(1, length // config.encoder.tubelet_size)
-        masks = (draw(kind, len(clips), tubes, config.encoder.grid, rng),)
+        masks = draw(kind, len(clips), tubes, config.encoder.grid, rng)
         rate = set_rate(optimizer, config.rate, step, config.steps)
         with autocast("cpu"):
             losses = model.loss(clips, masks)

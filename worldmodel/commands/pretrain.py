@@ -35,7 +35,7 @@ class Config:
     visible_weight: float = 0.0
     """weight of the loss on visible patches, beside 1 on hidden ones"""
     summary_weight: float = 0.0
-    """weight of a second predictor, which sees the visible patches through a bottleneck of --summary-dim numbers"""
+    """weight of a second predictor's loss, which draws blurred frames from a bottleneck of --summary-dim numbers"""
     summary_dim: int = 64
     """numbers in that bottleneck"""
     image_size: int = 96
@@ -58,6 +58,10 @@ class Config:
     """steps of 0.2 s between the frames of a clip"""
     image_share: float = 0.5
     """share of the training steps that see single frames rather than clips (0 to 1)"""
+    masks: tuple[str, ...] = ("short", "long", "half", "future")
+    """what is hidden in clips; one is drawn for every step: short, long (V-JEPA's blocks), half (of the time), future, open (nothing)"""
+    image_masks: tuple[str, ...] = ("image", "short")
+    """the same in single frames, where image is I-JEPA's; name one twice for twice its share"""
     batch: int = 128
     """clips per step"""
     steps: int = 10_000
