@@ -73,7 +73,10 @@ class AttentiveProbe(nn.Module):
 
 
 def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> AttentiveProbe:
-    """An attentive probe trained on features float16 [M, P, D] and targets [M, out]; weight [M, out] masks targets."""
+    """An attentive probe trained on features float16 [M, P, D] and targets [M, out]; weight [M, out] masks targets.
+
+    The loss is L1: the few frames where a thing is hidden would rule a squared one, and hold up the others for long.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         probe = AttentiveProbe(features.shape[1], features.shape[2], targets.shape[1])
@@ -82,14 +85,15 @@ def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: 
     probe.scale.copy_(some.std(0).clamp_min(1e-3))
     probe.mean.copy_(targets.mean(0))
     probe.std.copy_(targets.std(0).clamp_min(1e-4))
-    steps, batch = epochs * max(1, len(features) // 256), 256
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    rate, batch = 3e-3, 128
+    steps = epochs * max(1, len(features) // batch)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
     for _ in tqdm(range(steps), desc="attentive probe", unit="step", delay=2):
         index = rng.integers(len(features), size=batch)
         guess = probe(_loaded(features[index]))
-        error = ((guess - targets[index]) / probe.std).square()
+        error = ((guess - targets[index]) / probe.std).abs()
         optimizer.zero_grad(set_to_none=True)
         (error * weight[index]).mean().backward()
         optimizer.step()

@@ -25,7 +25,7 @@ from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
 from worldmodel.training import Run, optimizer_for, seeded, set_rate
 
-READER_EPOCHS = 8  # passes of the proprioception reader over the frames
+READER_EPOCHS = 6  # passes of the proprioception reader over the frames
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,15 @@ class Config:
 
     encoder: Path | None = None
     """encoder.safetensors or model.safetensors to probe (None: the shipped model's)"""
-    frames: int = 30_000
+    frames: int = 20_000
     """frames to train the probes on"""
-    test_frames: int = 4_000
+    test_frames: int = 3_000
     """frames of other episodes to test them on"""
     seed: int = 5000
     """seed of the first training episode"""
     test_seed: int = 10_000
     """seed of the first test episode"""
-    epochs: int = 25
+    epochs: int = 40
     """passes of the attentive probe over its training frames"""
     baselines: bool = True
     """also probe a randomly initialised encoder and raw pixels"""
