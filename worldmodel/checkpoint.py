@@ -40,7 +40,7 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again or train it anew") from error
     if metadata.get("format") != FORMAT or metadata.get("kind") not in kinds:
         found = metadata.get("kind", "a file of another program")
-        wanted = " or ".join(kinds)
+        wanted = " or ".join(map(repr, kinds))
         raise ValueError(f"{path} holds {found!r}, expected {wanted}; give a file that `worldmodel` wrote as {wanted}")
     return tensors, json.loads(metadata["config"]), json.loads(metadata["about"])
 

