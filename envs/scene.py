@@ -6,8 +6,10 @@ Frame: the robot's base at the origin, x forward, y left, z up, the table's top 
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,8 @@ _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _OTHER = range(6)  # kinds of geom
 _TOUCH = 0.0005  # m
 _UNSEEN = 5  # group of geoms that are not drawn
+_DRAWN = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # groups that are
+_CORNERS = np.array(list(itertools.product((-1, 1), repeat=3)))  # of a cube [8, 3]
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Scene:
         self._qpos = int(self.model.joint("object").qposadr[0])
         self._qvel = int(self.model.joint("object").dofadr[0])
         kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
+        self._things, self._robot = np.flatnonzero(kind == _OBJECT), np.flatnonzero(np.isin(kind, (_ROBOT, _LEFT, _RIGHT)))
         self._pair = (np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)).tolist()  # [geom][geom]
         self._groups = self.model.geom_group.copy()
         bound = self.model.geom_rbound
@@ -255,14 +260,68 @@ class Scene:
         Pictures are the same as those drawn on the way, in less time: physics and drawing take turns less often at
         driving each other out of the processor's caches.
         """
-        before, pictures = self.get_state(), []
-        for positions in qpos:
-            self.data.qpos[:] = positions
-            mujoco.mj_kinematics(self.model, self.data)
-            mujoco.mj_camlight(self.model, self.data)
-            pictures.append(self.render())
-        self.set_state(before)
-        return np.stack(pictures)
+        return np.stack([self.render() for _ in self._through(qpos)])
+
+    def object_pixels(self, qpos: np.ndarray) -> np.ndarray:
+        """Count the pixels, of all views, that show the object at positions [n, nq]: int [n]; the state stays.
+
+        By rays through the pixels' middles: that needs no drawing, and holds whatever the colours.
+        """
+        return np.array([sum(self._pixels_in(camera) for camera in self.cameras) for _ in self._through(qpos)])
+
+    def layout(self, qpos: np.ndarray, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Tell which pixels show the robot, and which the object, at positions [n, nq]; the state stays.
+
+        Two of bool [n, size / every, size / every * views]: of every so many rows and columns.
+        """
+        at = np.arange(every // 2, self.image_size, every)
+        rows, columns = np.meshgrid(at, at, indexing="ij")
+        frames = []
+        for _ in self._through(qpos):
+            views = [self._first(camera, rows.ravel(), columns.ravel()).reshape(rows.shape) for camera in self.cameras]
+            frames.append(np.concatenate(views, 1))
+        geoms = np.stack(frames)
+        return np.isin(geoms, self._robot), np.isin(geoms, self._things)
+
+    def _through(self, qpos: np.ndarray) -> Iterator[None]:
+        """Go through positions [n, nq], to look at the scene there, and back to where it was."""
+        before = self.get_state()
+        try:
+            for positions in qpos:
+                self.data.qpos[:] = positions
+                mujoco.mj_kinematics(self.model, self.data)
+                mujoco.mj_camlight(self.model, self.data)
+                yield
+        finally:
+            self.set_state(before)
+
+    def _pixels_in(self, camera: str) -> int:
+        model, data, i, size = self.model, self.data, self._camera_ids[camera], self.image_size
+        place = (data.geom_xpos[self._things] - data.cam_xpos[i]) @ data.cam_xmat[i].reshape(3, 3)  # [g, 3]: right, up, back
+        cube = place[:, None] + model.geom_rbound[self._things][:, None, None] * _CORNERS
+        scale = self._focal(camera) / np.maximum(-cube[..., 2], 1e-3)
+        row, column = size / 2 - scale * cube[..., 1], size / 2 + scale * cube[..., 0]
+        low = np.clip(np.floor([row.min(), column.min()]), 0, size).astype(int)
+        high = np.clip(np.ceil([row.max(), column.max()]), 0, size).astype(int)
+        rows, columns = np.meshgrid(np.arange(low[0], high[0]), np.arange(low[1], high[1]), indexing="ij")
+        if not rows.size:
+            return 0
+        return int(np.isin(self._first(camera, rows.ravel(), columns.ravel()), self._things).sum())
+
+    def _focal(self, camera: str) -> float:
+        """Focal length, pixels."""
+        return self.image_size / 2 / math.tan(math.radians(self.model.cam_fovy[self._camera_ids[camera]]) / 2)
+
+    def _first(self, camera: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The geom that each pixel [n] of a view shows, -1 for none."""
+        model, data, i, half, count = self.model, self.data, self._camera_ids[camera], self.image_size / 2, len(rows)
+        model.geom_group[:] = self._groups  # `render` has hidden what the last picture did not show
+        rays = np.stack((columns + 0.5 - half, half - rows - 0.5, np.full(count, -self._focal(camera))), 1)
+        rays = rays @ data.cam_xmat[i].reshape(3, 3).T
+        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+        first, far = np.empty(count, np.int32), np.empty(count)
+        mujoco.mj_multiRay(model, data, data.cam_xpos[i], rays.ravel(), _DRAWN, 1, -1, first, far, None, count, 10.0)
+        return first
 
     def _in_view(self, camera: str) -> np.ndarray:
         """Tell which geoms [geom] reach into a camera's view; drawing the others takes time and changes no pixel."""

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from worldmodel import data
@@ -101,6 +102,8 @@ def test_collect_prints_a_table_or_json(dataset, tmp_path):
     assert result.stdout.count("\n") == 1
     assert told["episodes"] == told["collected"] == 4 and told["steps"] == told["frames"] - 4
     assert told["fingerprint"] == data.Dataset.open(dataset).fingerprint
+    _, *flags = data.read_recipe(dataset)["command"].split()[1:]
+    assert call("collect", *flags, "--out", tmp_path / "same").returncode == 0 and same_bytes(dataset, tmp_path / "same")
     again = call("collect", "--preset", "debug", "--out", tmp_path / "set")  # complete: nothing to do
     assert again.returncode == 0 and "new: 0 episodes" in again.stdout
     assert same_bytes(dataset, tmp_path / "set")
@@ -459,6 +462,26 @@ def test_bench_of_every_policy(policy, model, tmp_path, capfd):
     results = json.loads((tmp_path / "bench" / "results.json").read_text())
     assert set(results) == {"config", "episodes", "summary"} and results["summary"] == told
     assert cli.main(words("show", tmp_path / "bench", "--out", tmp_path / "rates.png")) == 0
+
+
+@needs("imitate")
+def test_a_policy_that_imitates_is_trained_and_benched(encoder, dataset, tmp_path, capfd):
+    out = tmp_path / "run"
+    args = words("imitate", "--preset", "debug", "--data", dataset, "--encoder", encoder, "--cache", tmp_path / "cache")
+    assert cli.main([*args, "--out", str(out), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    policy = told["policy"]
+    assert told["held_out"] > 0
+    bench = ("bench", "--preset", "debug", "--policy", "imitation")
+    assert cli.main(words(*bench, "--model", policy, "--out", tmp_path / "bench", "--json")) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["goals"] == "subgoals, pictures alone" and told["unsafe_rate"] >= 0
+    assert "needs --model" in refuse(capfd, "bench", "--policy", "imitation", "--out", tmp_path / "other")
+    assert "3 sub-goals" in refuse(capfd, *bench, "--model", policy, "--subgoal-steps", 3, 4, "--out", tmp_path / "other")
+    assert "`worldmodel imitate`" in refuse(capfd, *bench, "--model", tmp_path / "none", "--out", tmp_path / "other")
+    assert "expected 'policy'" in refuse(capfd, *bench, "--model", encoder, "--out", tmp_path / "other")
+    assert "reach is 0" in refuse(capfd, *args, "--reach", 0, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @needs("bench")

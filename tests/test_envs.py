@@ -256,6 +256,34 @@ def test_pictures_drawn_afterwards_are_the_same():
     later.close()
 
 
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_pixels_of_the_object_are_counted_as_drawn(object):
+    env = envs.make(envs.EnvConfig(object=object, cameras=("front", "side")))
+    scene, rng, counts = env.scene, np.random.default_rng(0), []
+    things = [i for i in range(scene.model.ngeom) if scene.model.geom(i).name.startswith("object")]
+    for seed in range(4):
+        env.reset(seed=seed)
+        for _ in range(6):
+            env.step(np.append(rng.uniform(-1, 1, 3) + [0, 0, -0.6], 1.0))
+            state, before = scene.get_state(), scene.render()
+            counted = int(scene.object_pixels(scene.data.qpos[None].copy())[0])
+            assert np.array_equal(scene.get_state(), state)
+            scene.model.geom_rgba[things, :3] = 1 - scene.model.geom_rgba[things, :3]  # what changes colour is the object
+            drawn = int((scene.render() != before).any(-1).sum())
+            scene.model.geom_rgba[things, :3] = 1 - scene.model.geom_rgba[things, :3]
+            assert abs(counted - drawn) <= 6
+            robot, thing = scene.layout(scene.data.qpos[None].copy())
+            assert thing.sum() == counted and robot.sum() > counted and not (robot & thing).any()
+            counts.append(counted)
+    assert max(counts) > 150 and min(counts) < 0.7 * max(counts)
+    away, near = scene.data.qpos.copy(), scene.data.qpos.copy()
+    at = scene.model.joint("object").qposadr[0]
+    away[at : at + 3], near[at : at + 3] = (-3, 0, 0), (0.5, 0, 0.02)
+    scene.film(away[None])  # a picture without the object: it says nothing about the next one
+    assert scene.object_pixels(np.stack((away, near))).tolist()[0] == 0 < scene.object_pixels(near[None])[0]
+    env.close()
+
+
 def test_what_is_out_of_view_is_not_drawn_and_changes_no_pixel(monkeypatch):
     env = envs.make(envs.EnvConfig(object="cup", cameras=("front", "side", "wrist"), randomization="strong", action_dim=7))
     rng, left_out = np.random.default_rng(0), 0

@@ -77,6 +77,23 @@ def test_losses_by_target():
     torch.testing.assert_close(through["loss"], through["latent"] + 2.0 * through["summary"])
 
 
+def test_the_summary_draws_views_that_the_encoder_does_not_see():
+    both = torch.randint(0, 256, (3, 4, 24, 48, 3), dtype=torch.uint8)
+    masks = draw(KINDS["half"], 3, 2, (3, 3), np.random.default_rng(0))
+    model = Pretraining(recipe(target="pixels", summary_weight=1.0, summary_views=2))
+    model.whiten(both[:, 0])
+    assert model.blurred_mean.shape[0] == 18 and model.pixel_mean.shape[0] == 9
+    one, losses = both.clone(), model.loss(both, masks)
+    one[..., 24:, :] = 255 - one[..., 24:, :]
+    changed = model.loss(one, masks)
+    torch.testing.assert_close(changed["pixels"], losses["pixels"])  # of its own view
+    assert changed["summary"] != losses["summary"]
+    with pytest.raises(ValueError, match="expected 2 views side by side"):
+        model.loss(both[..., :24, :], masks)
+    with pytest.raises(ValueError, match="summary_weight above 0"):
+        recipe(summary_views=2)
+
+
 def test_an_open_mask_trains_on_visible_tokens_alone():
     clips = torch.randint(0, 256, (3, 1, 24, 24, 3), dtype=torch.uint8)
     masks = draw(KINDS["open"], 3, 1, (3, 3), np.random.default_rng(0))

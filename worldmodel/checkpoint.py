@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from worldmodel.data import replacing
 
 FORMAT = "worldmodel-1"
+MAKERS = {"encoder": "pretrain", "model": "train", "policy": "imitate"}  # commands
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], config: dict, about: dict | None = None) -> None:
@@ -31,7 +32,8 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no {' or '.join(kinds)} file at {path}; make one with `worldmodel pretrain` or `train`")
+        makers = " or ".join(f"`worldmodel {MAKERS[kind]}`" for kind in kinds if kind in MAKERS)
+        raise FileNotFoundError(f"no {' or '.join(kinds)} file at {path}" + (f"; make one with {makers}" if makers else ""))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

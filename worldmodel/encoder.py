@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ class EncoderConfig:
     def patches(self) -> int:
         """P, patches of one frame."""
         return self.grid[0] * self.grid[1]
+
+    def own(self, pixels: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """The first views of pictures [..., h, w, 3], as many as the encoder sees; the data may have more cameras."""
+        return pixels[..., : self.views * self.image_size, :]
 
 
 def positions(steps: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -38,8 +38,24 @@ class Context:
     actions: Tensor  # float32 [B, T - 1, A]
 
 
+class EncoderSizes(Protocol):
+    """What an encoder takes and gives."""
+
+    image_size: int  # pixels, height and width of one view
+    views: int  # cameras side by side
+    grid: tuple[int, int]  # patch rows and columns of one frame
+    patches: int  # P
+    embed_dim: int  # D
+
+    def own(self, pixels: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """The first views of pictures [..., h, w, 3], as many as the encoder sees; the data may have more cameras."""
+        ...
+
+
 class Encoder(Protocol):
     """Frozen map from images to patch features."""
+
+    config: EncoderSizes
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [..., h, w, 3] -> float32 [..., P, D]."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
-from worldmodel.encoder import EncoderConfig, VideoEncoder, autocast
-from worldmodel.interface import Context, Features, Obs, to_tensor
+from worldmodel.encoder import autocast
+from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
+from worldmodel.peers import build
 from worldmodel.predictor import Predictor, PredictorConfig, expand
 from worldmodel.probe import AttentiveProbe
 
@@ -22,12 +23,12 @@ class LatentModel(nn.Module):
     """Frozen encoder and action-conditioned predictor, behind `worldmodel.interface.WorldModel`.
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
-    alone say where the hand is, which a camera sees poorly along its line of sight. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out
-    data, which thresholds are relative to.
+    alone say where the hand is, which a camera sees poorly along its line of sight. `about` says how the weights were
+    made; `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to.
     """
 
     def __init__(
-        self, encoder: VideoEncoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None
+        self, encoder: Encoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None
     ) -> None:
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
@@ -139,11 +140,11 @@ def load(path: str | Path | None = None) -> LatentModel:
     path = shipped() if path is None else Path(path)
     tensors, config, about = load_tensors(path, "model")
     try:
-        encoder, predictor = EncoderConfig(**config["encoder"]), PredictorConfig(**config["predictor"])
+        encoder, predictor = build(config["encoder"]), PredictorConfig(**config["predictor"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
-    reader = AttentiveProbe(encoder.patches, encoder.embed_dim, predictor.proprio_dim) if config.get("reader") else None
-    model = LatentModel(VideoEncoder(encoder), Predictor(predictor), reader, about)
+    sizes = encoder.config.patches, encoder.config.embed_dim, predictor.proprio_dim
+    model = LatentModel(encoder, Predictor(predictor), AttentiveProbe(*sizes) if config.get("reader") else None, about)
     fill(model, tensors, path)
     return model
 

@@ -9,7 +9,9 @@ small object too, then counts alike.
 Beside the mask predictor, `summary_weight` adds a second one that sees the visible tokens through a bottleneck alone, a
 few numbers that attention has pooled (as the token bottleneck of ToBo, arXiv 2507.06543), and draws the whole frame from
 them, blurred. The mask predictor is content with features that say what their own patch looks like; the bottleneck has
-room only for where things are, and a blurred picture of a small thing tells its way to a place where it is not yet.
+room only for where things are, and a blurred picture of a small thing tells its way to a place where it is not yet. With
+`summary_views` it draws, from what the encoder saw in its own view, what other cameras saw at that moment: that takes
+knowing how far away things are.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from torch import Tensor, nn
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
 from worldmodel.data import Dataset
 from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, initialise, patchify, positions, rotation, scaled, sinusoids, take
+from worldmodel.interface import Encoder
 from worldmodel.masking import KINDS, Masks, draw
+from worldmodel.peers import EFFICIENTNET, EfficientNet, build
 from worldmodel.training import Run, effective_rank, optimizer_for, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
@@ -48,6 +52,7 @@ class PretrainConfig:
     visible_weight: float = 0.0  # adds the loss on visible tokens (V-JEPA 2.1, arXiv 2603.14482)
     summary_weight: float = 0.0  # adds the loss of blurred frames drawn from a bottleneck
     summary_dim: int = 64  # numbers in the bottleneck
+    summary_views: int = 0  # views that are drawn from it, side by side in the data, the encoder's first; 0: the encoder's
     frames: int = 4  # per clip; 1 is image mode
     stride: int = 2  # environment steps between the frames of a clip
     image_share: float = 0.5  # share of the steps that train on single frames
@@ -60,10 +65,21 @@ class PretrainConfig:
     ema: tuple[float, float] = (0.99, 0.9995)  # first to last step
     seed: int = 0
 
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Patches (rows, columns) of what is drawn from the bottleneck."""
+        rows, columns = self.encoder.grid
+        return rows, columns * (self.summary_views or self.encoder.views) // self.encoder.views
+
     def __post_init__(self) -> None:
         for name in ("predictor_dim", "predictor_depth", "predictor_heads", "summary_dim", "frames", "stride", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.summary_views and not (self.summary_weight and self.summary_views >= self.encoder.views):
+            raise ValueError(
+                f"summary_views is {self.summary_views}: expected at least the encoder's {self.encoder.views}, and a "
+                "summary_weight above 0"
+            )
         unknown = set(self.masks + self.image_masks) - KINDS.keys()
         if unknown:
             raise ValueError(f"unknown masks {sorted(unknown)}; known: {sorted(KINDS)}")
@@ -177,14 +193,28 @@ class Pretraining(nn.Module):
             ema = config.target == "ema"
             self.teacher = copy.deepcopy(self.encoder) if ema else load_encoder(config.target, config.encoder)
             self.teacher.requires_grad_(False)
-        sizes = {"pixel": 3 * config.encoder.patch_size**2, "blurred": 3 * cells_of(config.encoder) ** 2}
+        drawn = config.drawn[0] * config.drawn[1]
+        sizes = {
+            "pixel": (config.encoder.patches, 3 * config.encoder.patch_size**2),
+            "blurred": (drawn, 3 * cells_of(config.encoder) ** 2),
+        }
         for name, size in sizes.items():
-            self.register_buffer(f"{name}_mean", torch.zeros(config.encoder.patches, size))
-            self.register_buffer(f"{name}_std", torch.ones(config.encoder.patches, size))
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def own(self, clips: Tensor) -> Tensor:
+        """The encoder's views [B, T, h, w, 3] of clips that hold more of them, side by side."""
+        rows, columns = self.config.drawn
+        if clips.shape[-3] * columns != clips.shape[-2] * rows:
+            raise ValueError(
+                f"expected {columns // rows} views side by side, got pictures {clips.shape[-2]} wide and {clips.shape[-3]} high; "
+                "give the number of the data's cameras as --views, or as --summary-views where the encoder is to see fewer"
+            )
+        return self.config.encoder.own(clips)
 
     def whiten(self, frames: Tensor) -> None:
-        """Take mean and deviation of every pixel, and blurred pixel, from frames uint8 [M, h, w, 3]."""
-        pixels = scaled(patchify(frames[:, None], self.config.encoder))  # [M, P, 3 * patch^2]
+        """Take mean and deviation of every pixel, and blurred pixel, from frames uint8 [M, h, w, 3], all views."""
+        pixels = scaled(patchify(self.own(frames[:, None]), self.config.encoder))  # [M, P, 3 * patch^2]
         self.pixel_mean.copy_(pixels.mean(0))
         self.pixel_std.copy_(pixels.std(0).clamp_min(PIXEL_FLOOR))
         coarse = blurred(frames[:, None], self.config.encoder)
@@ -192,9 +222,9 @@ class Pretraining(nn.Module):
         self.blurred_std.copy_(coarse.std(0).clamp_min(BLURRED_FLOOR))
 
     def loss(self, clips: Tensor, masks: Masks) -> dict[str, Tensor]:
-        """Losses of clips uint8 [B, T, h, w, 3]; `loss` is the one to minimise."""
+        """Losses of clips uint8 [B, T, h, w, 3], all views; `loss` is the one to minimise."""
         config = self.config
-        patches = patchify(clips, config.encoder)  # [B, L, C]
+        patches = patchify(self.own(clips), config.encoder)  # [B, L, C]
         where = positions(patches.shape[1] // config.encoder.patches, config.encoder.grid, clips.device)
         index, split = torch.cat(masks, 1), masks.visible.shape[1]
         seen = self.encoder(patches, masks.visible)
@@ -210,8 +240,9 @@ class Pretraining(nn.Module):
             out["pixels"] = self._spread(self.predictor.error("pixels", filled, take(target, index)), split)
         out["loss"] = out.get("latent", 0) + (1.0 if self.teacher is None else config.pixel_weight) * out.get("pixels", 0)
         if self.summary is not None:
-            target = blurred(clips, config.encoder).unflatten(1, (-1, config.encoder.patches))
+            target = blurred(clips, config.encoder).unflatten(1, (-1, len(self.blurred_mean)))  # [B, t, patches, C]
             target = ((target - self.blurred_mean) / self.blurred_std).flatten(1, 2)
+            where = positions(len(target[0]) // len(self.blurred_mean), config.drawn, clips.device)
             out["summary"] = (self.summary(seen, where).float() - target).square().mean()
             out["loss"] = out["loss"] + config.summary_weight * out["summary"]
         return out
@@ -263,7 +294,7 @@ def pretrain(
     model = Pretraining(config)
     rng = np.random.default_rng(config.seed)
     model.whiten(torch.from_numpy(frames.sample_clips(4000, 1, 1, rng)["pixels"][:, 0]))
-    held = torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"][:, 0])
+    held = model.own(torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"]))[:, 0]
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, "pretraining", _plain(config, data), model, optimizer, config.steps, minutes, resume)
     for step in run:
@@ -313,18 +344,22 @@ def save_encoder(path: str | Path, encoder: VideoEncoder, about: dict) -> None:
     save_tensors(path, "encoder", encoder.state_dict(), encoder.metadata(), about)
 
 
-def load_encoder(path: str | Path, expected: EncoderConfig | None = None) -> VideoEncoder:
-    """The frozen encoder of an encoder's or a whole model's file. ValueError when its config is not the expected one."""
+def load_encoder(path: str | Path, expected: EncoderConfig | None = None) -> Encoder:
+    """The frozen encoder of an encoder's or a whole model's file, or of others by its name.
+
+    Raises ValueError when its config is not the expected one.
+    """
+    if str(path) == EFFICIENTNET and expected is None:
+        return EfficientNet()
     tensors, config, _ = load_tensors(path, "encoder", "model")
     if "encoder" in config:  # a model
         prefix, config = "encoder.", config["encoder"]
         tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     try:
-        found = EncoderConfig(**config)
+        encoder = build(config)
     except TypeError as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
-    if expected is not None and found != expected:
-        raise ValueError(f"{path} is of another architecture: it holds {found}, expected {expected}")
-    encoder = VideoEncoder(found)
+    if expected is not None and encoder.config != expected:
+        raise ValueError(f"{path} is of another architecture: it holds {encoder.config}, expected {expected}")
     fill(encoder, tensors, path)
     return encoder.requires_grad_(False).eval()

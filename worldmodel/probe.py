@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, scaled
+from worldmodel.encoder import EncoderConfig, patchify, scaled
+from worldmodel.interface import Encoder
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def ridge(train: Tensor, targets: Tensor, test: Tensor) -> np.ndarray:
     return torch.cat([(p.float() - centre) @ solution + mean for p in test.flatten(1).split(2048)]).double().numpy()
 
 
-def features_of(encoder: VideoEncoder, pixels: np.ndarray) -> Tensor:
+def features_of(encoder: Encoder, pixels: np.ndarray) -> Tensor:
     """Features float16 [M, P, D] of frames uint8 [M, h, w, 3]."""
     parts = np.array_split(pixels, max(1, len(pixels) // 512))
     return torch.cat([encoder.encode(torch.from_numpy(p)).half() for p in tqdm(parts, desc="encode", delay=2)])

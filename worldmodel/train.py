@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from worldmodel.data import Dataset, Frames
-from worldmodel.encoder import VideoEncoder, autocast
-from worldmodel.interface import Features
+from worldmodel.encoder import autocast
+from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
@@ -56,11 +56,16 @@ class TrainConfig:
         for name in ("transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        for name in ("proprio_weight", "free_nats", "information_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if not 0 <= self.prior_share <= 1:
+            raise ValueError(f"prior_share is {self.prior_share}, expected 0 to 1")
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 
 
-def identify(encoder: VideoEncoder) -> str:
+def identify(encoder: Encoder) -> str:
     """Hash of an encoder's config and weights."""
     digest = hashlib.sha256(repr(encoder.config).encode())
     for name, value in sorted(encoder.state_dict().items()):
@@ -68,7 +73,7 @@ def identify(encoder: VideoEncoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached_features(encoder: VideoEncoder, data: Dataset, folder: Path, batch: int = 64) -> np.ndarray:
+def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 64) -> np.ndarray:
     """Features float16 [F, P, D] of all frames, memory-mapped from `folder`, where the first call puts them."""
     path = folder / f"features-{identify(encoder)}-{data.fingerprint}.npy"
     shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)
@@ -77,7 +82,7 @@ def cached_features(encoder: VideoEncoder, data: Dataset, folder: Path, batch: i
         part = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-            pixels = data.load(keys=("pixels",)).pixels
+            pixels = encoder.config.own(data.load(keys=("pixels",)).pixels)
             for i in tqdm(range(0, len(pixels), batch), desc="encode", unit="batch"):
                 out[i : i + batch] = encoder.encode(torch.from_numpy(pixels[i : i + batch])).half().numpy()
             out.flush()
@@ -143,7 +148,7 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
     return out | {f"copy/{h + 1}": copy[h] for h in range(horizon)}
 
 
-def _start_from(predictor: Predictor, encoder: VideoEncoder, model: LatentModel, path: str) -> None:
+def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path: str) -> None:
     """Take over the weights of a model's predictor. Raises ValueError when it knows other features or has other sizes."""
     if identify(model.encoder) != identify(encoder):
         raise ValueError(f"{path} holds another encoder; a predictor goes on with the features that it knows: give its encoder")
@@ -153,7 +158,7 @@ def _start_from(predictor: Predictor, encoder: VideoEncoder, model: LatentModel,
 
 
 def train(
-    config: TrainConfig, encoder: VideoEncoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
+    config: TrainConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
     resume: bool = False,
 ) -> Path | None:  # fmt: skip
     """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""

@@ -31,6 +31,7 @@ BUDGETS = {  # samples, iterations, elites, horizon
     "planner": (64, 3, 8, 2),
     "simulator": (48, 3, 8, 2),
 }
+TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
@@ -47,14 +48,16 @@ class Config:
     """what to do it with"""
     goal: Literal["subgoals", "final"] = "subgoals"
     """what a planning policy is shown: pictures of all sub-goals, or of the goal alone"""
-    policy: Literal["planner", "simulator", "expert", "random", "nothing"] = "planner"
-    """who acts; planner: with the world model; simulator: the same with the true dynamics; expert: scripted"""
+    policy: Literal["planner", "simulator", "imitation", "expert", "random", "nothing"] = "planner"
+    """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: a policy that
+    `worldmodel imitate` trained; expert: scripted"""
     episodes: int = 20
     """number of episodes"""
     seed: int = 10_000
     """seed of the first episode"""
     model: Path | None = None
-    """model.safetensors; for the simulator an encoder.safetensors will do (default: the shipped weights)"""
+    """model.safetensors; for the simulator an encoder.safetensors will do (default: the shipped weights); for imitation
+    policy.safetensors"""
     goal_proprio: bool = False
     """also tell the proprioception of the goals"""
     video: int = 0
@@ -127,8 +130,8 @@ def run(config: Config) -> dict:
     from worldmodel.commands.policies import Player
 
     config = resolved(config)
-    player = Player(config)  # notices what is wrong before anything is written
-    player.env.reset(seed=config.seed)
+    player = Player(config)
+    player.begin(config.seed)  # notices what is wrong before anything is written
     with workers.owned(config.out, "bench") as folder:
         log = Log.open(folder / "episodes.jsonl", _identity(config))
         seeds = range(config.seed, config.seed + config.episodes)
@@ -177,6 +180,8 @@ def resolved(config: Config) -> Config:
     filled = {**budget, **given}
     if "elites" not in given:
         filled["elites"] = min(filled["elites"], filled["samples"])
+    if config.policy == "imitation" and (config.model is None or config.goal_proprio):
+        raise ValueError("imitation needs --model policy.safetensors, of `worldmodel imitate`, and takes no --goal-proprio")
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     if not config.subgoal_steps and config.goal == "subgoals":
@@ -197,13 +202,12 @@ def summary(config: Config, episodes: list[dict]) -> dict:
     successes = [e for e in episodes if e["success"]]
     seconds = np.concatenate([e["decision_seconds"] for e in episodes])
     events = [u["event"] for e in episodes for u in e["unsafe"]]
-    planned = config.policy in BUDGETS
     shown = "pictures and proprioception" if config.goal_proprio else "pictures alone"
     return {
         "task": config.task,
         "object": config.object,
         "policy": config.policy,
-        "goals": f"{config.goal}, {shown}" if planned else "privileged state" if config.policy == "expert" else "none",
+        "goals": f"{config.goal}, {shown}" if config.policy in TOLD else "privileged state" if config.policy == "expert" else "none",
         "episodes": len(episodes),
         "successes": len(successes),
         "success_rate": len(successes) / len(episodes),
@@ -222,9 +226,9 @@ def summary(config: Config, episodes: list[dict]) -> dict:
 def _identity(config: Config) -> dict:
     """What the results depend on, as JSON gives it back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
-    planned = config.policy in BUDGETS
-    fields["model"] = str(config.model) if planned else None
-    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16] if planned else None
+    told = config.policy in TOLD
+    fields["model"] = str(config.model) if told else None
+    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16] if told else None
     return json.loads(json.dumps(fields))
 
 

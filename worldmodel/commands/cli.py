@@ -31,7 +31,9 @@ COMMANDS = {
     "collect": "run scripted experts in the simulator and keep their episodes",
     "pretrain": "pretrain the video encoder on episodes",
     "train": "train the predictor on features of a frozen encoder",
+    "imitate": "train a policy that imitates, to compare the planner with",
     "probe": "measure what an encoder's features know of the scene",
+    "examine": "measure what a model imagines, and where its energy is low",
     "bench": "let a policy act in a task and count its successes",
     "show": "make pictures of datasets, episodes, trainings and benchmarks",
 }

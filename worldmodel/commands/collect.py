@@ -60,6 +60,8 @@ class Config:
     """end an episode at its success"""
     randomization: Literal["none", "mild", "strong"] = "none"
     """how much cameras, colours, light, mass and friction vary between episodes"""
+    visibility: bool = False
+    """also record how many pixels show the object, as privileged/object_pixels"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "image_size", "max_steps"):
@@ -142,6 +144,8 @@ def _recipe(config: Config) -> dict:
     recipe = dataclasses.asdict(config)
     for key in ("out", "workers", "episodes"):
         del recipe[key]
+    if not config.visibility:  # one more label: without it, the dataset is what it is for those who do not know of it
+        del recipe["visibility"]
     return {**recipe, "cameras": list(config.cameras)}
 
 
@@ -149,7 +153,11 @@ def _command(config: Config) -> str:
     """The command that makes this dataset, but for --out."""
     words = ["worldmodel", "collect", "--episodes", str(config.episodes)]
     for key, value in _recipe(config).items():
-        words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
@@ -186,11 +194,13 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
     episode = run.rollout(env, lambda obs, info: policy(info), seed)
     privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
+    shown = {"privileged/object_pixels": env.scene.object_pixels(episode.obs["qpos"])} if config.visibility else {}
     return {
         "pixels": env.scene.film(episode.obs["qpos"]),
         "proprio": episode.obs["proprio"],
         "actions": episode.actions,
         **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
+        **shown,
         "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]),  # events in the step before
         "seed": np.int64(seed),
         "task": config.task,

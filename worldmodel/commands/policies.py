@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from envs import run
 from envs.experts import make_policy
 from planners.agent import Agent, AgentConfig
 from planners.sampling import SamplingConfig, SamplingPlanner
-from worldmodel import model
+from worldmodel import imitation, model
 from worldmodel.checkpoint import load_tensors
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
@@ -37,6 +37,12 @@ class Player:
         self._model = None if config.policy in SCRIPTED else load(config.model, config.policy)
         self.env = envs.make(env_config(config, self._model))
         self._agent = None if self._model is None else self._make_agent()
+
+    def begin(self, seed: int) -> None:
+        """Start the episode of a seed; raises ValueError where environment, model and goals do not go together."""
+        _, info = self.env.reset(seed=seed)
+        if self._agent is not None:
+            self._agent.reset(goals(self.config)(info), seed)
 
     def play(self, seed: int) -> tuple[dict[str, Any], Film]:
         """Play the episode of a seed: what results.json says of it, and its film."""
@@ -76,8 +82,10 @@ class Player:
 
         return act
 
-    def _make_agent(self) -> Agent:
+    def _make_agent(self) -> Agent | Imitator:
         config = self.config
+        if config.policy == "imitation":
+            return Imitator(self._model, config.subgoal_steps)
         energy = EnergyConfig(
             config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=PROPRIO_SCALE
         )
@@ -97,8 +105,47 @@ class Player:
         return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look)
 
 
+@dataclass(frozen=True)
+class Imitated:
+    """What an Imitator has decided."""
+
+    subgoal: int
+    seconds: float
+    observed: float | None = None  # it knows no energy
+
+
+class Imitator:
+    """Lets a policy that imitates act from goal picture to goal picture, by their step budgets alone.
+
+    An Agent also moves on early, and back to the first one, by an energy, which these policies have not.
+    """
+
+    def __init__(self, policy: imitation.GoalPolicy, subgoal_steps: tuple[int, ...]) -> None:
+        self.policy, self._steps = policy, subgoal_steps
+        self.last: Imitated | None = None
+
+    def reset(self, goals: list[dict], seed: int) -> None:
+        """Start an episode towards pictures, of which the last is the goal. ValueError where these are not so many."""
+        if len(goals) > 1 and len(self._steps) != len(goals):
+            raise ValueError(f"subgoal_steps has {len(self._steps)} entries for {len(goals)} sub-goals; expected one for each")
+        self._goals = [self.policy.encode(goal).patches for goal in goals]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+
+    def act(self, obs: dict) -> np.ndarray:
+        """An action [A]."""
+        start = time.perf_counter()
+        subgoal = min(int((np.cumsum(self._steps) <= self._step).sum()), len(self._goals) - 1)
+        action = self.policy.choose(self.policy.encode(obs), self._goals[subgoal], self._generator).numpy()
+        self._step += 1
+        self.last = Imitated(subgoal, time.perf_counter() - start)
+        return action
+
+
 def load(path: Path, policy: str) -> nn.Module:
     """The model of a file; for the simulator an encoder's file will do."""
+    if policy == "imitation":
+        return imitation.load(path)
     if policy != "simulator":
         return model.load(path)
     try:

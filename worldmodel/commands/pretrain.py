@@ -38,10 +38,13 @@ class Config:
     """weight of a second predictor's loss, which draws blurred frames from a bottleneck of --summary-dim numbers"""
     summary_dim: int = 64
     """numbers in that bottleneck"""
+    summary_views: int = 0
+    """cameras that are drawn from it, when the data has more, side by side, than the first --views, which the encoder sees
+    (0: those that it sees)"""
     image_size: int = 96
     """height and width of one view (pixels), as the data has it"""
     views: int = 1
-    """cameras side by side in one image, as the data has them"""
+    """cameras side by side in one image that the encoder sees, as the data has them"""
     patch_size: int = 12
     """height and width of a patch (pixels); divides --image-size"""
     embed_dim: int = 192

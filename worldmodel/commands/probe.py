@@ -16,7 +16,7 @@ BOUNDS = ((0.34, 0.66), (-0.23, 0.23), (0.0, 0.40))  # m, x y z: where the defau
 STEPS, EVERY = 24, 2  # of an episode; an object often lies still: more episodes teach more than more frames of each
 
 
-def _episodes(frames: int) -> int:
+def episodes_for(frames: int) -> int:
     """How many episodes give so many frames; a fifth more, for what falls off the table."""
     return max(2, -(-frames * 12 // 10 * EVERY // (STEPS + 1)))
 
@@ -26,7 +26,7 @@ class Config:
     """What to probe, and with how much."""
 
     encoder: Path | None = None
-    """encoder.safetensors or model.safetensors to probe (None: the shipped model's)"""
+    """encoder.safetensors or model.safetensors to probe, or efficientnet-lite0 (None: the shipped model's)"""
     frames: int = 20_000
     """frames to train the probes on"""
     test_frames: int = 3_000
@@ -38,11 +38,13 @@ class Config:
     epochs: int = 40
     """passes of the attentive probe over its training frames"""
     baselines: bool = True
-    """also probe a randomly initialised encoder and raw pixels"""
+    """also probe raw pixels and a randomly initialised encoder of the same sizes; not beside efficientnet-lite0"""
     ridge: bool = True
     """also the ridge probe: linear in all patches"""
     randomization: str = "none"
     """none, mild or strong: how much cameras, colours, light, mass and friction vary between episodes"""
+    cameras: tuple[str, ...] = ("front",)
+    """views, as the encoder was trained with"""
     workers: int = 2
     """processes that collect; changes no result"""
     threads: int = 2
@@ -52,11 +54,11 @@ class Config:
         for name in ("frames", "test_frames", "epochs", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.seed <= self.test_seed < self.seed + _episodes(self.frames):
-            raise ValueError(f"test-seed {self.test_seed} is among the {_episodes(self.frames)} training episodes from {self.seed} on")
+        if self.seed <= self.test_seed < self.seed + episodes_for(self.frames):
+            raise ValueError(f"test-seed {self.test_seed} is among the {episodes_for(self.frames)} training episodes from {self.seed} on")
 
 
-def frames_of(config: Config, folder: Path, seed: int, count: int):
+def frames_of(config: Config, folder: Path, seed: int, count: int, image_size: int = 96):
     """Collect `count` frames, or a few less, with the object in view: pixels uint8 [M, h, w, 3] and their labels."""
     import numpy as np
 
@@ -65,8 +67,9 @@ def frames_of(config: Config, folder: Path, seed: int, count: int):
     from worldmodel.probe import Labels
 
     recipe = collect.Config(
-        out=folder, object="both", policy="mixture", episodes=_episodes(count), seed=seed, max_steps=STEPS,
-        workers=config.workers, stop_on_success=False, randomization=config.randomization,
+        out=folder, object="both", policy="mixture", episodes=episodes_for(count), seed=seed, max_steps=STEPS,
+        workers=config.workers, stop_on_success=False, randomization=config.randomization, cameras=config.cameras,
+        image_size=image_size,
     )  # fmt: skip
     collect.run(recipe)
     keys = ("pixels", "privileged/tcp_pos", "privileged/object_pos", "privileged/object_quat")
@@ -89,19 +92,23 @@ def run(config: Config) -> dict:
 
     from worldmodel import probe
     from worldmodel.encoder import VideoEncoder
+    from worldmodel.interface import Encoder
     from worldmodel.model import shipped
     from worldmodel.pretrain import load_encoder
 
     torch.set_num_threads(config.threads)
     path = config.encoder or shipped()
     encoder = load_encoder(path)
+    size, views = encoder.config.image_size, encoder.config.views
+    if views != len(config.cameras):
+        raise ValueError(f"{path} looks through {views} cameras, got {', '.join(config.cameras)}; name as many")
     kinds = ("attentive", "ridge") if config.ridge else ("attentive",)
     with tempfile.TemporaryDirectory() as folder:
-        train, train_labels = frames_of(config, Path(folder, "train"), config.seed, config.frames)
-        test, test_labels = frames_of(config, Path(folder, "test"), config.test_seed, config.test_frames)
+        train, train_labels = frames_of(config, Path(folder, "train"), config.seed, config.frames, size)
+        test, test_labels = frames_of(config, Path(folder, "test"), config.test_seed, config.test_frames, size)
     labels = (train_labels, test_labels)
 
-    def judged(subject: VideoEncoder) -> dict:
+    def judged(subject: Encoder) -> dict:
         features = probe.features_of(subject, train), probe.features_of(subject, test)
         return probe.judge(*features, labels, config.epochs, kinds)
 
@@ -109,7 +116,7 @@ def run(config: Config) -> dict:
     result = {"encoder": str(path), **scores["attentive"], "frames": {"train": len(train), "test": len(test)}}
     result["seeds"] = {"train": config.seed, "test": config.test_seed}
     result["ridge"] = scores.get("ridge")
-    if config.baselines:
+    if config.baselines and isinstance(encoder, VideoEncoder):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             other = VideoEncoder(encoder.config)

@@ -16,9 +16,11 @@ class Config:
     """What to train on, how long, and where to; every other field is part of the recipe."""
 
     data: tuple[Path, ...]
-    """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
+    """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out. Of several
+    cameras, the first ones count, as many as the encoder sees"""
     encoder: Path
-    """encoder.safetensors that `worldmodel pretrain` wrote, or a model.safetensors, whose encoder is meant"""
+    """encoder.safetensors that `worldmodel pretrain` wrote, or a model.safetensors, whose encoder is meant, or
+    efficientnet-lite0, ImageNet's features"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
     cache: Path | None = None
@@ -48,6 +50,14 @@ class Config:
     """actions in a training clip (steps of 0.2 s)"""
     rollout: int = 2
     """steps of imagination in the loss, at most --transitions; 1 is teacher forcing alone"""
+    proprio_weight: float = 0.1
+    """of the error of proprioception, in the data's deviations, beside that of the features"""
+    free_nats: float = 0.5
+    """information of z per transition that costs nothing (nats)"""
+    information_weight: float = 1e-3
+    """of the information of z beyond that"""
+    prior_share: float = 0.25
+    """share of the clips whose z is the prior's sample; for the others it has seen the outcome"""
     batch: int = 32
     """clips per step"""
     steps: int = 4000
