@@ -52,6 +52,8 @@ class Config:
     """steps of imagination in the loss, at most --transitions; 1 is teacher forcing alone"""
     proprio_weight: float = 0.1
     """of the error of proprioception, in the data's deviations, beside that of the features"""
+    proprio_beta: float = 0.3
+    """errors of proprioception below it, in those deviations, count by their square; 0: none do"""
     free_nats: float = 0.5
     """information of z per transition that costs nothing (nats)"""
     information_weight: float = 1e-3
