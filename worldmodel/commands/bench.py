@@ -92,7 +92,7 @@ class Config:
     """noise of a candidate is scaled by a factor from here to 1, log-uniform"""
     hold: float = 0.6
     """probability that the first candidates leave the gripper alone at a step"""
-    margin: float = 0.05
+    margin: float = 0.3
     """share of its energy that a plan must gain by moving the gripper, compared with itself without"""
     gripper: Literal["categorical", "gaussian"] = "categorical"
     """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BOUNDS = ((0.34, 0.66), (-0.23, 0.23), (0.0, 0.40))  # m, x y z: where the default camera sees the object
+IN_VIEW = 25  # pixels of the object, of about 90 where nothing hides it: with less, one guesses where it is behind the hand
 STEPS, EVERY = 24, 2  # of an episode; an object often lies still: more episodes teach more than more frames of each
 
 
 def episodes_for(frames: int) -> int:
-    """How many episodes give so many frames; a fifth more, for what falls off the table."""
-    return max(2, -(-frames * 12 // 10 * EVERY // (STEPS + 1)))
+    """How many episodes give so many frames; a quarter more, for what is hidden or falls off the table."""
+    return max(2, -(-frames * 5 // 4 * EVERY // (STEPS + 1)))
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,16 @@ def frames_of(config: Config, folder: Path, seed: int, count: int, image_size: i
 
     recipe = collect.Config(
         out=folder, object="both", policy="mixture", episodes=episodes_for(count), seed=seed, max_steps=STEPS,
-        workers=config.workers, stop_on_success=False, randomization=config.randomization, cameras=config.cameras,
-        image_size=image_size,
+        workers=config.workers, stop_on_success=False, randomization=config.randomization, visibility=True,
+        cameras=config.cameras, image_size=image_size,
     )  # fmt: skip
     collect.run(recipe)
-    keys = ("pixels", "privileged/tcp_pos", "privileged/object_pos", "privileged/object_quat")
+    keys = ("pixels", "privileged/tcp_pos", "privileged/object_pos", "privileged/object_quat", "privileged/object_pixels")
     frames = Dataset.open(folder).load(keys=keys)
     place, quat = frames.arrays["privileged/object_pos"], frames.arrays["privileged/object_quat"].astype(float)
     low, high = np.array(BOUNDS).T
-    seen = ((place > low) & (place < high)).all(-1).nonzero()[0][::EVERY][:count]
+    shown = frames.arrays["privileged/object_pixels"] >= IN_VIEW
+    seen = (((place > low) & (place < high)).all(-1) & shown).nonzero()[0][::EVERY][:count]
     w, x, y, z = quat[seen].T
     box = (seed + frames.episode_of[seen]) % 2 == 0  # as collect alternates
     labels = Labels(
