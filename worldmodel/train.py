@@ -1,7 +1,8 @@
 """Training of the action-conditioned predictor on a frozen encoder's features.
 
-The features of every frame are computed once and kept on disk. The loss is L1 (V-JEPA 2-AC, arXiv 2506.09985,
-section 3.1): teacher forcing over the clip, plus the same after imagining for more steps from imagined frames.
+The features of every frame are computed once and kept on disk. The loss is L1 of features (V-JEPA 2-AC, arXiv 2506.09985,
+section 3.1) and smooth L1 of proprioception: teacher forcing over the clip, plus the same after imagining for more steps
+from imagined frames.
 """
 
 from __future__ import annotations
