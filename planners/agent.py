@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Verdict
-from worldmodel.interface import Context, Energy, Features, Obs, WorldModel
+from worldmodel.interface import Context, Energy, Features, Obs, Propose, WorldModel
 
 SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
 OTHER_STEPS = 8  # for each sub-goal of any other number of them
@@ -105,7 +105,8 @@ class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. With `fallback` [A] (zeros
-    without) it answers where the gate refuses.
+    without) it answers where the gate refuses. With `propose` it finds the sub-goals on the way to a single goal by itself,
+    at the first step, and anew where one has failed.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Agent:
         config: AgentConfig = AgentConfig(),
         gate: Gate = OpenGate(),
         fallback: np.ndarray | None = None,
+        propose: Propose | None = None,
     ) -> None:
-        self.model, self.planner, self.energy, self.config, self.gate = model, planner, energy, config, gate
+        self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
@@ -134,8 +136,10 @@ class Agent:
             raise ValueError("expected a goal or a list of sub-goals, got an empty list; pass info['goal']")
         self._shape = _checked(goals[0], "goal", None)["pixels"].shape
         checked = [_checked(g, "goal", self._shape) for g in goals]
-        self._energies = [self.energy(_with_axes(self.model.encode(g), 1)) for g in checked]
-        self._budget = self._budgets(len(goals))
+        self._goals = [self.model.encode(g) for g in checked]
+        self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._goals]
+        self._finds = self.propose is not None and len(goals) == 1
+        self._budget = () if self._finds else self._budgets(len(goals))
         self._generator = torch.Generator().manual_seed(seed)
         keep = self.model.max_context
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
@@ -157,6 +161,8 @@ class Agent:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
         self._features.append(self.model.encode(_checked(obs, "observation", self._shape)))
         context = self._context()
+        if self._finds and self.last is None:
+            self._find_subgoals()
         observed = self._move_on(context)
         if self._is_new() or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
             decision = self._next(context, observed)
@@ -170,6 +176,12 @@ class Agent:
         self._since += 1
         self._ahead += 1
         return action.copy()
+
+    def _find_subgoals(self) -> None:
+        """Have sub-goals proposed on the way from the last frame to the goal."""
+        found = self.propose(self._features[-1], self._goals[-1])
+        self._energies = [self.energy(_with_axes(goal, 1)) for goal in found]
+        self._budget = self._budgets(len(found))
 
     def _is_new(self) -> bool:
         """Whether there is no plan yet for the present sub-goal."""
@@ -217,6 +229,8 @@ class Agent:
         """Pass to the next sub-goal, or to the first again where the present one has failed."""
         failed = self._has_failed()
         self._retries += failed
+        if failed and self._finds:
+            self._find_subgoals()
         return self._pursue(0 if failed else self._subgoal + 1, context)
 
     def _pursue(self, subgoal: int, context: Context) -> float:

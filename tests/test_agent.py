@@ -329,3 +329,20 @@ def test_bad_configs_are_refused():
         agent_of(config=AgentConfig(subgoal_steps=(1, 2))).reset(FAR)
     with pytest.raises(ValueError, match="fallback"):
         agent_of(fallback=np.zeros(3))
+
+
+def test_sub_goals_can_be_proposed_and_are_proposed_anew_where_one_failed():
+    asked = []
+
+    def propose(now, goal):
+        asked.append(now.patches[0].tolist())
+        return [Features(torch.tensor([[0.4, 0.1]]), torch.tensor([0.4, 0.1])), goal]
+
+    world, agent = Plane(), agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose)
+    decisions = go(agent, world, 10, picture((0.4, 0.6)))
+    assert len(asked) == 1 and [d.subgoal for d in decisions] == [0] * 4 + [1] * 6
+    assert np.abs(world.position - (0.4, 0.6)).max() < 0.03
+    with pytest.raises(ValueError, match="2 sub-goals"):
+        go(agent_of(config=AgentConfig(subgoal_steps=(4,)), propose=propose), Plane(), 1, picture((0.4, 0.6)))
+    go(agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose), Plane(), 3, [picture((0.4, 0.1)), picture((0.4, 0.6))])
+    assert len(asked) == 2  # but not where they are given

@@ -464,6 +464,25 @@ def test_bench_of_every_policy(policy, model, tmp_path, capfd):
     assert cli.main(words("show", tmp_path / "bench", "--out", tmp_path / "rates.png")) == 0
 
 
+@needs("propose")
+def test_a_model_learns_to_propose_and_plans_through_it(model, tmp_path, capfd):
+    experts = ("collect", "--preset", "debug", "--policy", "expert", "--max-steps", 40, "--episodes", 6, "--out", tmp_path / "experts")
+    assert cli.main(words(*experts)) == 0
+    args = ("propose", "--preset", "debug", "--data", tmp_path / "experts", "--model", model)
+    capfd.readouterr()
+    assert cli.main(words(*args, "--out", tmp_path / "run", "--json")) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["finished"] and told["episodes"] == 5 and told["held_out/place_closed"] > 0
+    bench = ("bench", "--preset", "debug", "--goal", "final")
+    assert cli.main(words(*bench, "--model", told["model"], "--out", tmp_path / "bench")) == 0
+    played = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert played["config"]["propose"] == "always" and played["config"]["subgoal_steps"] == [12, 12, 12]
+    other = ("--propose", "always", "--out", tmp_path / "other")
+    assert "`worldmodel propose`" in refuse(capfd, *bench, "--model", model, *other)
+    assert "--goal final" in refuse(capfd, "bench", "--preset", "debug", "--model", told["model"], *other)
+    assert not (tmp_path / "other").exists()
+
+
 @needs("imitate")
 def test_a_policy_that_imitates_is_trained_and_benched(encoder, dataset, tmp_path, capfd):
     out = tmp_path / "run"

@@ -8,7 +8,7 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Context, Features
 from worldmodel.latent import Gaussian, divergence, information_loss
 from worldmodel.model import LatentModel, load
-from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.predictor import Predictor, PredictorConfig, merged, unmerged
 from worldmodel.probe import AttentiveProbe
 from worldmodel.train import TrainConfig, prediction_losses
 
@@ -78,10 +78,10 @@ def test_cached_steps_agree_with_the_whole_window():
 
 
 def test_merging_patches_is_exact_and_keeps_neighbours_together():
-    predictor, x = Predictor(SIZES), torch.randn(2, 3, 16, 48)
-    merged = predictor._merge(x)
-    assert merged.shape == (2, 3, 4, 192) and torch.equal(predictor._split(merged), x)
-    assert torch.equal(merged[0, 0, 1], x[0, 0, [2, 3, 6, 7]].flatten())
+    x = torch.randn(2, 3, 16, 48)
+    tokens = merged(x, (4, 4), 2)
+    assert tokens.shape == (2, 3, 4, 192) and torch.equal(unmerged(tokens, (4, 4), 2), x)
+    assert torch.equal(tokens[0, 0, 1], x[0, 0, [2, 3, 6, 7]].flatten())
 
 
 def test_time_is_causal():

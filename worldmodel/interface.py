@@ -90,6 +90,14 @@ class Energy(Protocol):
         ...
 
 
+class Propose(Protocol):
+    """Finds sub-goals on the way to a goal."""
+
+    def __call__(self, now: Features, goal: Features) -> list[Features]:
+        """Present and goal, each patches [P, D] and proprio [S] -> sub-goals like them, in order, the goal last."""
+        ...
+
+
 def to_tensor(array: np.ndarray | Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor over the same values, without a copy where that is safe."""
     tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
 from worldmodel.encoder import autocast
 from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
 from worldmodel.peers import build
 from worldmodel.predictor import Predictor, PredictorConfig, expand
 from worldmodel.probe import AttentiveProbe
+from worldmodel.proposer import Proposer, ProposerConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
 
@@ -23,20 +24,23 @@ class LatentModel(nn.Module):
     """Frozen encoder and action-conditioned predictor, behind `worldmodel.interface.WorldModel`.
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
-    alone say where the hand is, which a camera sees poorly along its line of sight. `about` says how the weights were
-    made; `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to.
+    alone say where the hand is, which a camera sees poorly along its line of sight. `proposer` finds sub-goals on the way
+    to a goal. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on
+    held-out data, which thresholds are relative to.
     """
 
     def __init__(
-        self, encoder: Encoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None
-    ) -> None:
+        self, encoder: Encoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None,
+        proposer: Proposer | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
             raise ValueError(
                 f"the predictor is for features {predictor.config.grid} x {predictor.config.feature_dim}, the encoder "
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
-        self.encoder, self.predictor, self.reader, self.about = encoder, predictor, reader, about or {}
+        self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
+        self.about = about or {}
         self.requires_grad_(False).eval()
 
     @property
@@ -129,6 +133,7 @@ class LatentModel(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
+        config["proposer"] = None if self.proposer is None else asdict(self.proposer.config)
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -141,12 +146,20 @@ def load(path: str | Path | None = None) -> LatentModel:
     tensors, config, about = load_tensors(path, "model")
     try:
         encoder, predictor = build(config["encoder"]), PredictorConfig(**config["predictor"])
+        proposer = Proposer(ProposerConfig(**config["proposer"])) if config.get("proposer") else None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
     sizes = encoder.config.patches, encoder.config.embed_dim, predictor.proprio_dim
-    model = LatentModel(encoder, Predictor(predictor), AttentiveProbe(*sizes) if config.get("reader") else None, about)
+    reader = AttentiveProbe(*sizes) if config.get("reader") else None
+    model = LatentModel(encoder, Predictor(predictor), reader, about, proposer)
     fill(model, tensors, path)
     return model
+
+
+def proposes(path: str | Path) -> bool:
+    """Whether a file holds a model with a proposer."""
+    _, config, _ = load_tensors(path, *MAKERS)
+    return bool(config.get("proposer"))
 
 
 def shipped() -> Path:

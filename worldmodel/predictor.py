@@ -124,43 +124,23 @@ class Predictor(nn.Module):
         [B, T, A] taken there; z [B, T, Z]; cache of the frames before. Row t of the result is frame t + 1. A frame
         sees `window` frames; the returned cache is cut to what the next one may see.
         """
-        batch, steps = actions.shape[:2]
+        config, steps = self.config, actions.shape[1]
         proprio = self.normalise(now.proprio)
         condition = self.condition(torch.cat((actions, proprio, z), -1))[:, :, None]  # [B, T, 1, dim]
-        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(self._merge(now.patches)) + self.place), 2)
+        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(merged(now.patches, config.grid, config.merge)) + self.place), 2)
         before = cache[0][0].shape[2] // self.tokens if cache else 0
-        by = self._rotation(start, steps, x.device)
+        grid = config.grid[0] // config.merge, config.grid[1] // config.merge
+        by = rotation(frame_places(start, steps, grid, x.device), config.embed_dim // config.num_heads, config.rope_base)
         mask = self._mask(before, steps, x.device)
-        kept, keep = [], (self.config.window - 1) * self.tokens
+        kept, keep = [], (config.window - 1) * self.tokens
         for i, block in enumerate(self.blocks):
             x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
             kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
         x = self.norm(x)
-        change = self._split(self.to_features(x[:, :, 1:]))
+        change = unmerged(self.to_features(x[:, :, 1:]), config.grid, config.merge)
         patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
         moved = proprio + self.to_proprio(x[:, :, 0])
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
-
-    def _merge(self, patches: Tensor) -> Tensor:
-        """[B, T, P, D] -> [B, T, tokens - 1, merge^2 * D]."""
-        (rows, columns), m = self.config.grid, self.config.merge
-        x = patches.unflatten(2, (rows // m, m, columns // m, m)).transpose(3, 4)
-        return x.flatten(4).flatten(2, 3)  # [B, T, r, c, m * m * D] -> tokens
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        """The inverse of `_merge`."""
-        (rows, columns), m = self.config.grid, self.config.merge
-        x = tokens.unflatten(3, (m, m, -1)).unflatten(2, (rows // m, columns // m))
-        return x.transpose(3, 4).flatten(2, 5)
-
-    def _rotation(self, start: int, steps: int, device: torch.device) -> Rotation:
-        """Rotary positions of all tokens; the proprioception token has a time but no place."""
-        grid = self.config.grid[0] // self.config.merge, self.config.grid[1] // self.config.merge
-        where = positions(steps, grid, device).unflatten(0, (steps, -1))  # [T, tokens - 1, 3]
-        own = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
-        where = torch.cat((own, where), 1).flatten(0, 1)
-        where[:, 0] += start
-        return rotation(where[None], self.config.embed_dim // self.config.num_heads, self.config.rope_base)
 
     def _mask(self, before: int, steps: int, device: torch.device) -> Tensor | None:
         """[T * L, (before + T) * L]: a frame sees itself and window - 1 frames before; None where it sees all."""
@@ -170,6 +150,32 @@ class Predictor(nn.Module):
         column = torch.arange(before + steps, device=device)[None]
         seen = (column <= row) & (column > row - self.config.window)
         return seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+
+
+def merged(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """Patches [B, T, P, D] in squares of size x size: [B, T, P / size^2, size^2 * D]."""
+    (rows, columns), m = grid, size
+    x = patches.unflatten(2, (rows // m, m, columns // m, m)).transpose(3, 4)
+    return x.flatten(4).flatten(2, 3)  # [B, T, r, c, m * m * D] -> tokens
+
+
+def unmerged(tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """The inverse of `merged`."""
+    (rows, columns), m = grid, size
+    x = tokens.unflatten(3, (m, m, -1)).unflatten(2, (rows // m, columns // m))
+    return x.transpose(3, 4).flatten(2, 5)
+
+
+def frame_places(start: int, steps: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Where the tokens of frames start .. start + steps - 1 are: float32 [1, steps * (1 + rows * columns), 3].
+
+    The first of each frame, proprioception's, has a time but no place.
+    """
+    where = positions(steps, grid, device).unflatten(0, (steps, -1))
+    own = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
+    where = torch.cat((own, where), 1).flatten(0, 1)
+    where[:, 0] += start
+    return where[None]
 
 
 def _refuse(before: int, window: int) -> None:

@@ -31,10 +31,11 @@ from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, ini
 from worldmodel.interface import Encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.peers import EFFICIENTNET, EfficientNet, build
-from worldmodel.training import Run, effective_rank, optimizer_for, set_rate
+from worldmodel.training import MODULE, Run, effective_rank, optimizer_for, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
+KIND = "pretraining"  # of its checkpoints
 _PLACE = 96  # sines and cosines of a place that the summary predictor knows
 
 
@@ -47,7 +48,7 @@ class PretrainConfig:
     predictor_depth: int = 3
     predictor_heads: int = 3
     target: str = "ema"  # ema, pixels, or the path of a frozen encoder
-    start: str = ""  # path of an encoder to start from; empty: random
+    start: str = ""  # path of an encoder, or of a run's checkpoint, which has the predictors too, to start from; empty: random
     pixel_weight: float = 0.0  # adds a pixel reconstruction loss beside the latent one
     visible_weight: float = 0.0  # adds the loss on visible tokens (V-JEPA 2.1, arXiv 2603.14482)
     summary_weight: float = 0.0  # adds the loss of blurred frames drawn from a bottleneck
@@ -186,8 +187,6 @@ class Pretraining(nn.Module):
         self.predictor = MaskPredictor(config)
         self.summary = SummaryPredictor(config) if config.summary_weight else None
         torch.set_rng_state(torch_state)
-        if config.start:
-            self.encoder.load_state_dict(load_encoder(config.start, config.encoder).state_dict())
         self.teacher = None
         if config.target != "pixels":
             ema = config.target == "ema"
@@ -201,6 +200,18 @@ class Pretraining(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        if config.start:
+            self._start_from(config.start)
+
+    def _start_from(self, path: str) -> None:
+        """Take over an encoder, or all modules of a run's checkpoint. Raises ValueError where they do not fit."""
+        tensors, _, _ = load_tensors(path, "encoder", "model", KIND)
+        if any(name.startswith(MODULE) for name in tensors):
+            fill(self, {k[len(MODULE) :]: v for k, v in tensors.items() if k.startswith(MODULE)}, path)
+            return
+        self.encoder.load_state_dict(load_encoder(path, self.config.encoder).state_dict())
+        if self.config.target == "ema":
+            self.teacher.load_state_dict(self.encoder.state_dict())
 
     def own(self, clips: Tensor) -> Tensor:
         """The encoder's views [B, T, h, w, 3] of clips that hold more of them, side by side."""
@@ -296,7 +307,7 @@ def pretrain(
     model.whiten(torch.from_numpy(frames.sample_clips(4000, 1, 1, rng)["pixels"][:, 0]))
     held = model.own(torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"]))[:, 0]
     optimizer = optimizer_for(model, config.weight_decay)
-    run = Run(out, "pretraining", _plain(config, data), model, optimizer, config.steps, minutes, resume)
+    run = Run(out, KIND, _plain(config, data), model, optimizer, config.steps, minutes, resume)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         single = config.frames == 1 or rng.random() < config.image_share

@@ -17,6 +17,7 @@ from worldmodel.data import replacing
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
+MODULE = "module."  # begins the names of the modules' tensors in a checkpoint
 
 
 class Run:
@@ -83,7 +84,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        tensors = {f"module.{k}": v for k, v in self.modules.state_dict().items()}
+        tensors = {MODULE + k: v for k, v in self.modules.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
         save_tensors(self.file, self.kind, tensors, self.config, {"step": self.step, "seconds": self.seconds})
@@ -104,8 +105,7 @@ class Run:
                     f"{self.out} holds a run with {name} = {config.get(name)}, not {plain.get(name)}; "
                     "give the same settings to resume it, or choose another --out"
                 )
-        start = "module."
-        fill(self.modules, {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}, self.file)
+        fill(self.modules, {k[len(MODULE) :]: v for k, v in tensors.items() if k.startswith(MODULE)}, self.file)
         state: dict[int, dict] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):

@@ -48,6 +48,8 @@ class Config:
     """what to do it with"""
     goal: Literal["subgoals", "final"] = "subgoals"
     """what a planning policy is shown: pictures of all sub-goals, or of the goal alone"""
+    propose: Literal["auto", "always", "never"] = "auto"
+    """with --goal final, plan through sub-goals that the model proposes; auto: in pick-place, where it can"""
     policy: Literal["planner", "simulator", "imitation", "expert", "random", "nothing"] = "planner"
     """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: a policy that
     `worldmodel imitate` trained; expert: scripted"""
@@ -182,11 +184,18 @@ def resolved(config: Config) -> Config:
         filled["elites"] = min(filled["elites"], filled["samples"])
     if config.policy == "imitation" and (config.model is None or config.goal_proprio):
         raise ValueError("imitation needs --model policy.safetensors, of `worldmodel imitate`, and takes no --goal-proprio")
+    path = config.model or model.shipped()
+    able = config.goal == "final" and config.policy in BUDGETS and model.proposes(path)
+    if config.propose == "always" and not able:
+        raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
+    if config.propose == "auto":
+        filled["propose"] = "always" if able and config.task == "pick-place" else "never"
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
-    if not config.subgoal_steps and config.goal == "subgoals":
-        filled["subgoal_steps"] = SUBGOAL_STEPS.get(config.task, ())
-    return dataclasses.replace(config, **filled, model=config.model or model.shipped())
+    config = dataclasses.replace(config, **filled, model=path)
+    if not config.subgoal_steps and (config.goal == "subgoals" or config.propose == "always"):
+        config = dataclasses.replace(config, subgoal_steps=SUBGOAL_STEPS.get(config.task, ()))
+    return config
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

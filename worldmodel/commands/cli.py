@@ -31,6 +31,7 @@ COMMANDS = {
     "collect": "run scripted experts in the simulator and keep their episodes",
     "pretrain": "pretrain the video encoder on episodes",
     "train": "train the predictor on features of a frozen encoder",
+    "propose": "train the proposer of sub-goals on the way to a goal, for a model",
     "imitate": "train a policy that imitates, to compare the planner with",
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",
@@ -95,6 +96,12 @@ def parse(command: str, module: ModuleType, flags: Sequence[str], preset: str | 
         if title == "Unrecognized options":
             text += f"; known are {', '.join('--' + name for name in known)}"
         raise ValueError(text) from None
+
+
+def shared(config, recipe: type) -> dict[str, typing.Any]:
+    """The values of a command's Config that a recipe has fields for."""
+    names = {field.name for field in dataclasses.fields(recipe)} & {field.name for field in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names}
 
 
 def presets(command: str) -> list[str]:

@@ -214,9 +214,9 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
 def _env(config: Config, object: str):
     """The environment of this process for one kind of object, used for all its episodes."""
     import envs
+    from worldmodel.commands.cli import shared
 
-    names = {field.name for field in dataclasses.fields(envs.EnvConfig)} & set(vars(config))
-    same = {name: getattr(config, name) for name in names}
+    same = shared(config, envs.EnvConfig)
     return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False, "render_observations": False}))
 
 

@@ -6,7 +6,6 @@ RUN/policy.safetensors, what `worldmodel bench --policy imitation` takes as --mo
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +54,13 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.checkpoint import load_tensors
+    from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.imitation import ImitationConfig, imitate
     from worldmodel.pretrain import load_encoder
 
     torch.set_num_threads(config.threads)
-    names = {f.name for f in dataclasses.fields(ImitationConfig)} & {f.name for f in dataclasses.fields(Config)}
-    recipe = ImitationConfig(**{name: getattr(config, name) for name in names})
+    recipe = ImitationConfig(**shared(config, ImitationConfig))
     cache = config.cache or config.data[0] / "features"
     encoder = load_encoder(config.encoder)
     path = imitate(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)

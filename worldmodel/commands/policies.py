@@ -102,7 +102,8 @@ class Player:
             subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
             progress=config.progress, retry=config.retry,
         )  # fmt: skip
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look)
+        propose = self._model.proposer.propose if config.propose == "always" else None
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, propose=propose)
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,11 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
 
 
 def _film(config, record: run.Record, steps: list[dict]) -> Film:
-    pictures = [goal["pixels"] for goal in (record.subgoals if config.goal == "subgoals" else [record.goal])]
-    planned = config.policy not in SCRIPTED
+    told = config.goal == "subgoals" and config.policy not in SCRIPTED
+    goals = record.subgoals if told else [record.goal] * (1 + max(step["subgoal"] for step in steps))
     return Film(
         record.obs["pixels"],
-        pictures if planned else [record.goal["pixels"]],
+        [goal["pixels"] for goal in goals],
         [step["subgoal"] for step in steps],
         [step["energy"] for step in steps],
         f"seed {record.seed}",

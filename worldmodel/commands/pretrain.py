@@ -6,7 +6,6 @@ RUN/encoder.safetensors at the end, and on the way checkpoints, metrics.jsonl an
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,8 @@ class Config:
     target: str = "ema"
     """what is predicted at hidden patches: ema (V-JEPA), pixels, or the path of an encoder.safetensors (SALT)"""
     start: str = ""
-    """path of an encoder.safetensors to start from; empty: random weights"""
+    """path of an encoder.safetensors, or of a run's checkpoint.safetensors, which has the predictors too, to start from;
+    empty: random weights"""
     pixel_weight: float = 0.0
     """weight of a pixel reconstruction loss beside that of features; with --target pixels it changes nothing"""
     visible_weight: float = 0.0
@@ -87,6 +87,7 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.checkpoint import load_tensors
+    from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.encoder import EncoderConfig
     from worldmodel.pretrain import PretrainConfig, pretrain
@@ -96,8 +97,7 @@ def run(config: Config) -> dict:
         config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
         num_heads=config.num_heads, stem=config.stem,
     )  # fmt: skip
-    names = {f.name for f in dataclasses.fields(PretrainConfig)} & {f.name for f in dataclasses.fields(Config)}
-    recipe = PretrainConfig(encoder=encoder, **{name: getattr(config, name) for name in names})
+    recipe = PretrainConfig(encoder=encoder, **shared(config, PretrainConfig))
     path = pretrain(recipe, Dataset.open(config.data), config.out, config.minutes, config.resume)
     if path is None:
         return {"finished": False, "run": str(config.out)}

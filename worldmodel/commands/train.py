@@ -6,7 +6,6 @@ in one file, what --model takes) at the end, and on the way checkpoints, metrics
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,13 +81,13 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.checkpoint import load_tensors
+    from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.pretrain import load_encoder
     from worldmodel.train import TrainConfig, train
 
     torch.set_num_threads(config.threads)
-    names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(Config)}
-    recipe = TrainConfig(**{name: getattr(config, name) for name in names})
+    recipe = TrainConfig(**shared(config, TrainConfig))
     encoder = load_encoder(config.encoder)
     cache = config.cache or config.data[0] / "features"
     path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)

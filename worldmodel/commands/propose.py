@@ -1,0 +1,89 @@
+"""Train the proposer of sub-goals, which lets a model plan from a goal picture alone.
+
+It learns, from episodes that are marked as successes, which pictures lie between a start and an end: that at which the
+gripper has closed, and that at which it is about to open. Writes RUN/model.safetensors, the given model with the proposer
+in it, and on the way checkpoints, metrics.jsonl and TensorBoard curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train on, how long, and where to; every other field is part of the recipe."""
+
+    data: tuple[Path, ...]
+    """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
+    out: Path
+    """folder of the run; new or empty, unless --resume"""
+    model: Path | None = None
+    """model.safetensors that gets the proposer (None: the shipped model)"""
+    cache: Path | None = None
+    """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
+    minutes: float | None = None
+    """stop after so many minutes, with a checkpoint that --resume goes on from (None: train to the end)"""
+    resume: bool = False
+    """go on with the run in --out from its last checkpoint, with the same recipe"""
+    threads: int = 2
+    """processor threads; the number is part of what makes two runs bit-equal"""
+    merge: int = 2
+    """a token holds merge x merge patches"""
+    embed_dim: int = 192
+    """width of the proposer"""
+    depth: int = 4
+    """transformer blocks"""
+    num_heads: int = 3
+    """attention heads; divides --embed-dim"""
+    proprio_weight: float = 1.0
+    """of the error of proprioception, in the data's deviations, beside that of the features"""
+    batch: int = 64
+    """pairs of a frame and a goal per step"""
+    steps: int = 2000
+    """training steps in all"""
+    rate: float = 8e-4
+    """highest learning rate (AdamW)"""
+    seed: int = 0
+    """seed of weights and pairs"""
+
+    def __post_init__(self):
+        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}, expected more than 0")
+
+
+def run(config: Config) -> dict:
+    """Train, and return where the model is and how far its proposals are from held-out keyframes."""
+    import torch
+
+    from worldmodel import model
+    from worldmodel.commands.cli import shared
+    from worldmodel.data import Dataset
+    from worldmodel.propose import ProposalConfig, fit_proposer
+
+    torch.set_num_threads(config.threads)
+    world = model.load(config.model)
+    recipe, cache = ProposalConfig(**shared(config, ProposalConfig)), config.cache or config.data[0] / "features"
+    made = fit_proposer(recipe, world.encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    if made is None:
+        return {"finished": False, "run": str(config.out)}
+    world.proposer, about = made
+    world.about["proposer"] = about
+    path = config.out / "model.safetensors"
+    world.save(path)
+    return {"finished": True, "model": str(path), **{k: v for k, v in about.items() if k != "recipe"}}
+
+
+def report(result: dict) -> str:
+    """The same for people."""
+    if not result["finished"]:
+        return f"{result['run']}: stopped before the end of the schedule; the same command with --resume goes on"
+    places = [1000 * result[f"held_out/place_{name}"] for name in ("closed", "opens")]
+    return (
+        f"{result['model']}: {result['minutes']} minutes on {result['episodes']} grasps; held out, the proposed hand is "
+        f"{places[0]:.0f} mm from where it closed and {places[1]:.0f} mm from where it opened (medians)"
+    )

@@ -1,0 +1,143 @@
+"""Training of the proposer of sub-goals, on a frozen encoder's features.
+
+What it fills in are keyframes of episodes that are marked as successes; it reads features, proprioception and actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.data import Dataset, Frames, read_episode
+from worldmodel.encoder import autocast
+from worldmodel.interface import Encoder, Features
+from worldmodel.proposer import Proposer, ProposerConfig
+from worldmodel.train import cached_features, identify
+from worldmodel.training import Run, optimizer_for, set_rate
+
+CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
+RESTS = 1e-3  # m per step, change of its opening below which it is at rest
+
+
+@dataclass(frozen=True)
+class ProposalConfig:
+    """A training recipe; its fields, the encoder and the data decide the weights."""
+
+    merge: int = 2
+    embed_dim: int = 192
+    depth: int = 4
+    num_heads: int = 3
+    proprio_weight: float = 1.0
+    batch: int = 64  # pairs of a frame and a goal per step
+    steps: int = 2000
+    rate: float = 8e-4
+    weight_decay: float = 0.04
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("merge", "embed_dim", "depth", "num_heads", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def keyframes(actions: np.ndarray, proprio: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Where an episode's last grasp begins, has closed, lets go and is over: frames, None where there is none.
+
+    Of actions [T, A] and proprio [T + 1, S], whose last entries are the gripper's: the frame after the opening before it,
+    that at which the closing gripper has come to rest, that at which it is told to open, and the last one before it is
+    told to close again.
+    """
+    command, opening = actions[:, -1], proprio[:, -1]
+    closes, opens = (np.flatnonzero(told & ~np.append(False, told[:-1])) for told in (command < CLOSES, command > OPENS))
+    for last in opens[::-1]:
+        if not (closes < last).any():
+            return None
+        start = closes[closes < last][-1]
+        still = np.abs(np.diff(opening[start + 1 : last + 1])) < RESTS
+        if still.any():
+            earlier, later = opens[opens < start], closes[closes > last]
+            first = int(earlier[-1]) + 1 if len(earlier) else 0
+            return first, int(start + 1 + still.argmax()), int(last), int(later[0]) if len(later) else len(actions)
+    return None
+
+
+def lessons(frames: Frames) -> np.ndarray:
+    """The `keyframes` of all successful episodes: int [M, 4], indices of frames. Raises ValueError where there are none."""
+    rows = []
+    for episode, start, end in zip(frames.episodes, frames.offsets, frames.offsets[1:]):
+        if bool(read_episode(episode.path, ("success",))["success"]):
+            found = keyframes(frames.actions[start : end - 1], frames.proprio[start:end])
+            rows += [] if found is None else [start + np.array(found)]
+    if not rows:
+        raise ValueError("no episode is a success in which the gripper closes and opens again: collect experts' episodes")
+    return np.array(rows)
+
+
+def propose_losses(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config, rng) -> dict[str, Tensor]:
+    """Losses of proposals for rows [B, 4] of `lessons`, from a frame before the grasp and a goal after the release."""
+    first, closed, opens, end = rows.T
+    now, goal = rng.integers(first, closed), rng.integers(np.minimum(opens + 3, end), end + 1)
+    load = lambda index: torch.from_numpy(features[index].astype(np.float32))  # noqa: E731
+    wanted = Features(load(np.stack((closed, opens), 1)), torch.from_numpy(proprio[np.stack((closed, opens), 1)]))
+    guess = proposer(Features(load(now), torch.from_numpy(proprio[now])), load(goal))
+    patches = (guess.patches - wanted.patches).abs().mean()
+    wrong = (guess.proprio - wanted.proprio) / proposer.proprio_std
+    own = F.smooth_l1_loss(wrong, torch.zeros_like(wrong), beta=0.3)
+    out = {"patches": patches, "proprio": own, "loss": patches + config.proprio_weight * own}
+    for k, name in enumerate(("closed", "opens")):
+        out[f"patches_{name}"] = (guess.patches[:, k] - wanted.patches[:, k]).abs().mean()
+        out[f"place_{name}"] = (guess.proprio[:, k, :3] - wanted.proprio[:, k, :3]).norm(dim=-1).median()
+    return out
+
+
+def fit_proposer(
+    config: ProposalConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
+    resume: bool = False,
+) -> tuple[Proposer, dict] | None:  # fmt: skip
+    """Train a proposer in the folder `out`; None when `minutes` ended first (resume to go on). Also what it scores, held out."""
+    parts = data.split(0.03)
+    frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
+    features, kept = (cached_features(encoder, part, cache) for part in parts)
+    rows, others = lessons(frames), lessons(held)
+    sizes = ProposerConfig(
+        encoder.config.embed_dim, encoder.config.grid, frames.proprio.shape[1], config.merge, config.embed_dim, config.depth,
+        config.num_heads,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        proposer = Proposer(sizes)
+    proposer.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
+    proposer.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+
+    @torch.no_grad()
+    def scores() -> dict[str, float]:
+        rng = np.random.default_rng(config.seed)
+        losses = propose_losses(proposer, kept, held.proprio, others, config, rng)
+        return {f"held_out/{name}": float(value) for name, value in losses.items()}
+
+    optimizer = optimizer_for(proposer, config.weight_decay)
+    recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
+    run = Run(out, "proposing", recipe, proposer, optimizer, config.steps, minutes, resume)
+    for step in run:
+        rng = np.random.default_rng([config.seed, step])
+        rate = set_rate(optimizer, config.rate, step, config.steps)
+        some = rows[rng.integers(len(rows), size=config.batch)]
+        with autocast("cpu"):
+            losses = propose_losses(proposer, features, frames.proprio, some, config, rng)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(proposer.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            run.log(rate=rate, **{k: float(v.detach()) for k, v in losses.items()})
+        if step % 200 == 199:
+            run.log(**scores())
+    if not run.done:
+        return None
+    about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "episodes": len(rows), **scores()}
+    return proposer.requires_grad_(False).eval(), about

@@ -1,0 +1,92 @@
+"""Sub-goals that the stack finds by itself: the frames between the present and a goal at which the gripper acts.
+
+A look ahead of a step or two cannot see that one must grasp before one can place. Demonstrations show it: between their
+start and their end lie a frame at which the gripper has closed on something and one at which it is about to let go
+(keyframes by the gripper's state: C2F-ARM, arXiv 2106.12534, section 3.2). The proposer fills these in from the first
+frame and the last, in feature space, as a mask predictor fills in hidden patches: a coarse world model whose steps are
+keyframes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.encoder import Block, autocast, initialise, rotation
+from worldmodel.interface import Features
+from worldmodel.predictor import frame_places, merged, unmerged
+
+COUNT = 2  # keyframes: closed, about to open
+
+
+@dataclass(frozen=True)
+class ProposerConfig:
+    """Sizes of a Proposer."""
+
+    feature_dim: int = 192
+    grid: tuple[int, int] = (8, 8)  # patch rows and columns
+    proprio_dim: int = 7
+    merge: int = 2  # a token holds merge x merge patches
+    embed_dim: int = 192
+    depth: int = 4
+    num_heads: int = 3
+    rope_base: float = 100.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
+        if self.grid[0] % self.merge or self.grid[1] % self.merge:
+            raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}")
+
+
+class Proposer(nn.Module):
+    """Fills in the COUNT keyframes between a frame and a goal."""
+
+    def __init__(self, config: ProposerConfig = ProposerConfig()) -> None:
+        super().__init__()
+        self.config = config
+        dim, squares = config.embed_dim, config.grid[0] * config.grid[1] // config.merge**2
+        wide = config.feature_dim * config.merge**2
+        self.embed = nn.Linear(wide, dim)
+        self.proprio_embed = nn.Linear(config.proprio_dim, dim)
+        self.place = nn.Parameter(torch.zeros(squares, dim))
+        self.hidden = nn.Parameter(torch.zeros(COUNT, dim))  # what stands for a keyframe's tokens
+        self.own = nn.Parameter(torch.zeros(COUNT + 1, dim))  # what stands for proprioception where it is not told
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads, 4.0) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.to_features = nn.Linear(dim, wide)
+        self.to_proprio = nn.Linear(dim, config.proprio_dim)
+        initialise(self)
+        for parameter in (self.place, self.hidden, self.own):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(config.proprio_dim))
+
+    def forward(self, now: Features, goal: Tensor) -> Features:
+        """now: patches [B, P, D] and proprio [B, S]; goal patches [B, P, D] -> [B, COUNT, P, D] and [B, COUNT, S]."""
+        config, batch = self.config, len(goal)
+        ends = torch.stack((now.patches, goal), 1)
+        first, last = (self.embed(merged(ends, config.grid, config.merge)) + self.place).unbind(1)  # [B, squares, dim]
+        between = (self.hidden[:, None] + self.place).expand(batch, -1, -1, -1)  # [B, COUNT, squares, dim]
+        pictures = torch.cat((first[:, None], between, last[:, None]), 1)
+        told = self.proprio_embed((now.proprio - self.proprio_mean) / self.proprio_std)
+        own = torch.cat((told[:, None], self.own.expand(batch, -1, -1)), 1)[:, :, None]  # [B, COUNT + 2, 1, dim]
+        x = torch.cat((own, pictures), 2).flatten(1, 2)
+        grid = config.grid[0] // config.merge, config.grid[1] // config.merge
+        where = frame_places(0, COUNT + 2, grid, x.device)
+        by = rotation(where, config.embed_dim // config.num_heads, config.rope_base)
+        for block in self.blocks:
+            x = block(x, by)
+        x = self.norm(x).unflatten(1, (COUNT + 2, -1))[:, 1:-1]  # [B, COUNT, 1 + squares, dim]
+        change = unmerged(self.to_features(x[:, :, 1:]), config.grid, config.merge)
+        patches = F.layer_norm((now.patches[:, None] + change).float(), change.shape[-1:])
+        return Features(patches, (self.to_proprio(x[:, :, 0]) * self.proprio_std + self.proprio_mean).float())
+
+    @torch.no_grad()
+    def propose(self, now: Features, goal: Features) -> list[Features]:
+        """Sub-goals on the way from features [P, D], [S] to a goal's, the goal last."""
+        with autocast(now.patches.device):
+            patches, proprio = self(Features(now.patches[None], now.proprio[None]), goal.patches[None])
+        return [*map(Features, patches[0], proprio[0]), goal]
