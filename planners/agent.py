@@ -39,7 +39,7 @@ class AgentConfig:
     switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
     patience: int | None = None  # steps without progress after which it looks ahead anew, and moves on if that promises none
     progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
-    retry: float | None = None  # share of it above which a later sub-goal has failed at its end: begin again at the first
+    retry: float | None = None  # share of it above which a sub-goal has failed at its end: begin again at the first
     retries: int = 3  # times, at most, in an episode
 
     def __post_init__(self) -> None:
@@ -220,10 +220,9 @@ class Agent:
         return self._leave(context) if self._since >= self._budget[self._subgoal] else observed
 
     def _has_failed(self) -> bool:
-        """Whether a later sub-goal is still far, and a retry is left: the object was lost on the way."""
+        """Whether the sub-goal is still far, and a retry is left: the object was missed, or lost on the way."""
         retry = self.config.retry
-        far = retry is not None and self._trail[-1] > retry * max(self._trail)
-        return far and self._subgoal > 0 and self._retries < self.config.retries
+        return retry is not None and self._retries < self.config.retries and self._trail[-1] > retry * max(self._trail)
 
     def _leave(self, context: Context) -> float:
         """Pass to the next sub-goal, or to the first again where the present one has failed."""
@@ -234,9 +233,10 @@ class Agent:
         return self._pursue(0 if failed else self._subgoal + 1, context)
 
     def _pursue(self, subgoal: int, context: Context) -> float:
+        before = self._trail[:-1] if subgoal == self._subgoal else []  # the same again: how far it was at first still counts
         self._subgoal, self._since, self._ahead = subgoal, 0, 0
-        self._trail = [self._observed(context)]
-        return self._trail[0]
+        self._trail = [*before, self._observed(context)]
+        return self._trail[-1]
 
     def _progress(self) -> float:
         """The least decrease of energy that counts."""

@@ -244,6 +244,12 @@ def test_a_failed_subgoal_is_tried_again_from_the_first():
     assert turns == sorted(turns)
 
 
+def test_a_first_subgoal_that_is_still_far_keeps_its_turn():
+    for retry, first in ((None, 3), (0.1, 6)):
+        config = AgentConfig(subgoal_steps=(3, 9, 9), retry=retry, retries=1)
+        assert [d.subgoal for d in go(agent_of(config=config), Plane(), 8, FAR)].index(1) == first
+
+
 def test_a_new_subgoal_is_planned_for_at_once():
     config = AgentConfig(horizon=4, replan=4, subgoal_steps=(2, 9, 9))
     decisions = go(agent_of(config=config), Plane(), 3, FAR)

@@ -1,6 +1,7 @@
 """Pretraining, predictor training and probes on tiny data: they learn, resume bit-exactly, and refuse what does not fit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,20 @@ def test_a_frozen_encoder_can_be_the_target(data, tmp_path):
     teacher = pretrain(recipe(target="pixels"), data, tmp_path / "pixels")
     student = pretrain(recipe(target=str(teacher), seed=1), data, tmp_path / "latents")
     assert load_encoder(student).config == TINY
+
+
+@pytest.mark.parametrize("target", ["ema", "pixels"])
+def test_pretraining_goes_on_from_an_encoder_or_from_all_of_a_run(data, tmp_path, target):
+    first = recipe(target=target, summary_weight=1.0, summary_dim=6)
+    path = pretrain(first, data, tmp_path / "first")
+    trained = load_tensors(path.parent / "checkpoint.safetensors", "pretraining")[0]
+    whole = Pretraining(replace(first, start=str(path.parent / "checkpoint.safetensors"), seed=1)).state_dict()
+    assert all(torch.equal(value, trained[f"module.{name}"]) for name, value in whole.items())
+    part = Pretraining(replace(first, start=str(path), seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(part.encoder.state_dict().values(), load_encoder(path).state_dict().values(), strict=True))
+    assert part.teacher is None or torch.equal(part.teacher.norm.weight, part.encoder.norm.weight)
+    with pytest.raises(ValueError, match="of another architecture"):
+        Pretraining(replace(first, summary_dim=7, start=str(path.parent / "checkpoint.safetensors")))
 
 
 def test_losses_by_target():
