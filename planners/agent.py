@@ -106,7 +106,7 @@ class Agent:
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. With `fallback` [A] (zeros
     without) it answers where the gate refuses. With `propose` it finds the sub-goals on the way to a single goal by itself,
-    at the first step, and anew where one has failed.
+    and until the first one is reached anew at every step: the nearer it is, the better it can be told.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Agent:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
         self._features.append(self.model.encode(_checked(obs, "observation", self._shape)))
         context = self._context()
-        if self._finds and self.last is None:
+        if self._finds and self._subgoal == 0:
             self._find_subgoals()
         observed = self._move_on(context)
         if self._is_new() or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
@@ -228,8 +228,6 @@ class Agent:
         """Pass to the next sub-goal, or to the first again where the present one has failed."""
         failed = self._has_failed()
         self._retries += failed
-        if failed and self._finds:
-            self._find_subgoals()
         return self._pursue(0 if failed else self._subgoal + 1, context)
 
     def _pursue(self, subgoal: int, context: Context) -> float:

@@ -337,7 +337,7 @@ def test_bad_configs_are_refused():
         agent_of(fallback=np.zeros(3))
 
 
-def test_sub_goals_can_be_proposed_and_are_proposed_anew_where_one_failed():
+def test_sub_goals_can_be_proposed_and_the_first_one_anew_until_it_is_reached():
     asked = []
 
     def propose(now, goal):
@@ -346,9 +346,9 @@ def test_sub_goals_can_be_proposed_and_are_proposed_anew_where_one_failed():
 
     world, agent = Plane(), agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose)
     decisions = go(agent, world, 10, picture((0.4, 0.6)))
-    assert len(asked) == 1 and [d.subgoal for d in decisions] == [0] * 4 + [1] * 6
+    assert len(asked) == 5 and [d.subgoal for d in decisions] == [0] * 4 + [1] * 6
     assert np.abs(world.position - (0.4, 0.6)).max() < 0.03
     with pytest.raises(ValueError, match="2 sub-goals"):
         go(agent_of(config=AgentConfig(subgoal_steps=(4,)), propose=propose), Plane(), 1, picture((0.4, 0.6)))
     go(agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose), Plane(), 3, [picture((0.4, 0.1)), picture((0.4, 0.6))])
-    assert len(asked) == 2  # but not where they are given
+    assert len(asked) == 6  # but not where they are given

@@ -34,15 +34,16 @@ class Labels:
         return torch.from_numpy(np.column_stack((self.gripper, self.object, np.cos(turn), np.sin(turn)))).float()
 
     def errors(self, guess: np.ndarray) -> dict:
-        """Root mean squared errors of guess [M, 8]: millimetres per axis, and degrees modulo the symmetry."""
-        rmse = lambda a, b: [round(float(v), 2) for v in 1e3 * np.sqrt(np.mean((a - b) ** 2, 0))]  # noqa: E731
+        """Errors of guess [M, 8]: root mean squared and median in millimetres per axis, and degrees modulo the symmetry."""
+        places = {"gripper": guess[:, :3] - self.gripper, "object": guess[:, 3:6] - self.object}  # m
+        in_mm = lambda metres: [round(float(v), 2) for v in 1e3 * metres]  # noqa: E731
         turns = self.symmetry > 0
         fold = np.maximum(self.symmetry, 1)[turns]
         off = np.arctan2(guess[turns, 7], guess[turns, 6]) - fold * self.yaw[turns]
         off = np.degrees((off + np.pi) % (2 * np.pi) - np.pi) / fold
         return {
-            "gripper_rmse_mm": rmse(guess[:, :3], self.gripper),
-            "object_rmse_mm": rmse(guess[:, 3:6], self.object),
+            **{f"{name}_rmse_mm": in_mm(np.sqrt(np.mean(wrong**2, 0))) for name, wrong in places.items()},
+            **{f"{name}_median_mm": in_mm(np.median(abs(wrong), 0)) for name, wrong in places.items()},
             "object_yaw_rmse_deg": round(float(np.sqrt(np.mean(off**2))), 2) if turns.any() else None,
         }
 

@@ -79,9 +79,9 @@ def lessons(frames: Frames) -> np.ndarray:
 
 
 def propose_losses(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config, rng) -> dict[str, Tensor]:
-    """Losses of proposals for rows [B, 4] of `lessons`, from a frame before the grasp and a goal after the release."""
+    """Losses of proposals for rows [B, 4] of `lessons`, from a frame up to the grasp and a goal after the release."""
     first, closed, opens, end = rows.T
-    now, goal = rng.integers(first, closed), rng.integers(np.minimum(opens + 3, end), end + 1)
+    now, goal = rng.integers(first, closed + 1), rng.integers(np.minimum(opens + 3, end), end + 1)
     load = lambda index: torch.from_numpy(features[index].astype(np.float32))  # noqa: E731
     wanted = Features(load(np.stack((closed, opens), 1)), torch.from_numpy(proprio[np.stack((closed, opens), 1)]))
     guess = proposer(Features(load(now), torch.from_numpy(proprio[now])), load(goal))

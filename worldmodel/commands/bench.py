@@ -114,7 +114,7 @@ class Config:
     """steps without progress after which it looks ahead anew, and moves on if that promises none; none: any number"""
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
-    retry: float | None = 0.25
+    retry: float | None = 0.12
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
 
     def __post_init__(self):

@@ -136,13 +136,14 @@ def _flat(scores: dict) -> dict:
 
 
 def report(result: dict) -> str:
-    """The errors as a table."""
-    rows = [("features", "probe", "gripper x y z (mm)", "object x y z (mm)", "yaw (deg)")]
+    """The errors as a table: root mean squares, and medians."""
+    rows = [("features", "probe", "gripper x y z (mm)", "object x y z (mm)", "yaw (deg)", "medians: gripper", "object (mm)")]
+    keys = [f"{name}_{kind}_mm" for kind in ("rmse", "median") for name in ("gripper", "object")]
     for name, scores in (("encoder", result), ("random init", result.get("random_init")), ("pixels", result.get("pixels"))):
         for kind, row in (("attentive", scores), ("ridge", scores and scores.get("ridge"))):
             if row:
-                places = [" ".join(f"{v:5.1f}" for v in row[key]) for key in ("gripper_rmse_mm", "object_rmse_mm")]
+                places = [" ".join(f"{v:5.1f}" for v in row[key]) for key in keys]
                 yaw = row["object_yaw_rmse_deg"]
-                rows.append((name, kind, *places, "-" if yaw is None else f"{yaw:.1f}"))
+                rows.append((name, kind, *places[:2], "-" if yaw is None else f"{yaw:.1f}", *places[2:]))
     table = "\n".join("  ".join(f"{cell:<20}" for cell in row).rstrip() for row in rows)
     return f"{table}\n{result['frames']['train']} training and {result['frames']['test']} test frames of {result['encoder']}"
