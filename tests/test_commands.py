@@ -432,6 +432,7 @@ def test_train_refuses_bad_input(model, encoder, dataset, tmp_path, capfd):
         assert expected in refuse(capfd, *args, "--encoder", path, *out)
     for flag in ("--batch", "--steps", "--transitions", "--rollout"):
         assert flag[2:] in refuse(capfd, *args, "--encoder", encoder, flag, 0, *out)
+    assert "5 heads" in refuse(capfd, *args, "--encoder", encoder, "--num-heads", 5, *out)
     assert not (tmp_path / "run").exists()
 
 
@@ -473,6 +474,8 @@ def test_a_model_learns_to_propose_and_plans_through_it(model, tmp_path, capfd):
     assert cli.main(words(*args, "--out", tmp_path / "run", "--json")) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["finished"] and told["episodes"] == 5 and told["held_out/place_closed"] > 0
+    assert "5 heads" in refuse(capfd, *args, "--num-heads", 5, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     bench = ("bench", "--preset", "debug", "--goal", "final")
     assert cli.main(words(*bench, "--model", told["model"], "--out", tmp_path / "bench")) == 0
     played = json.loads((tmp_path / "bench" / "results.json").read_text())

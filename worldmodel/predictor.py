@@ -45,6 +45,8 @@ class PredictorConfig:
             raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads; expected a multiple")
 
 
 class ModulatedBlock(nn.Module):

@@ -78,8 +78,14 @@ def lessons(frames: Frames) -> np.ndarray:
     return np.array(rows)
 
 
-def propose_losses(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config, rng) -> dict[str, Tensor]:
-    """Losses of proposals for rows [B, 4] of `lessons`, from a frame up to the grasp and a goal after the release."""
+def propose_losses(
+    proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config: ProposalConfig,
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Losses of proposals for rows [B, 4] of `lessons`, from a frame up to the grasp and a goal after the release.
+
+    features [F, P, D] and proprio [F, S] of all frames. `place_closed` and `place_opens` are the hand's median errors (m).
+    """
     first, closed, opens, end = rows.T
     now, goal = rng.integers(first, closed + 1), rng.integers(np.minimum(opens + 3, end), end + 1)
     load = lambda index: torch.from_numpy(features[index].astype(np.float32))  # noqa: E731
@@ -102,8 +108,8 @@ def fit_proposer(
     """Train a proposer in the folder `out`; None when `minutes` ended first (resume to go on). Also what it scores, held out."""
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
+    rows, others = lessons(frames), lessons(held)  # before what takes minutes: there may be none
     features, kept = (cached_features(encoder, part, cache) for part in parts)
-    rows, others = lessons(frames), lessons(held)
     sizes = ProposerConfig(
         encoder.config.embed_dim, encoder.config.grid, frames.proprio.shape[1], config.merge, config.embed_dim, config.depth,
         config.num_heads,

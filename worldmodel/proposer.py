@@ -39,6 +39,8 @@ class ProposerConfig:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads; expected a multiple")
 
 
 class Proposer(nn.Module):
