@@ -9,7 +9,7 @@ import torch
 from worldmodel import peers
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
-from worldmodel.pretrain import load_encoder
+from worldmodel.hub import load_encoder
 
 installed = pytest.mark.skipif(not importlib.util.find_spec("efficientnet_lite_pytorch"), reason="needs the extra peers")
 

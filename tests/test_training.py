@@ -10,10 +10,9 @@ import torch
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.data import Dataset, checksum, episode_path, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
+from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
-from worldmodel.pretrain import (
-    PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, load_encoder, pretrain, save_encoder,
-)  # fmt: skip
+from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, pretrain
 from worldmodel.probe import Labels, attentive, ridge
 from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate

@@ -47,12 +47,12 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     return tensors, json.loads(metadata["config"]), json.loads(metadata["about"])
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Load tensors into a module; ValueError names the first one that does not fit."""
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
+    """Load tensors into a module, or make them its own (`assign`); ValueError names the first one that does not fit."""
     wanted = module.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         have = tuple(tensors[name].shape) if name in tensors else "nothing"
         want = tuple(wanted[name].shape) if name in wanted else "nothing"
         if have != want:
             raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}")
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)

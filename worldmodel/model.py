@@ -16,6 +16,8 @@ from worldmodel.peers import build
 from worldmodel.predictor import Predictor, PredictorConfig, expand
 from worldmodel.probe import AttentiveProbe
 from worldmodel.proposer import Proposer, ProposerConfig
+from worldmodel.vjepa2_ac import NAME as AC
+from worldmodel.vjepa2_ac import ACConfig, ACPredictor
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
 
@@ -30,7 +32,7 @@ class LatentModel(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, predictor: Predictor, reader: AttentiveProbe | None = None, about: dict | None = None,
+        self, encoder: Encoder, predictor: Predictor | ACPredictor, reader: AttentiveProbe | None = None, about: dict | None = None,
         proposer: Proposer | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -56,7 +58,7 @@ class LatentModel(nn.Module):
     @property
     def max_context(self) -> int:
         """The most context frames that `rollout` uses."""
-        return self.predictor.config.window
+        return self.predictor.config.context
 
     @torch.no_grad()
     def encode(self, obs: Obs) -> Features:
@@ -145,15 +147,23 @@ def load(path: str | Path | None = None) -> LatentModel:
     path = shipped() if path is None else Path(path)
     tensors, config, about = load_tensors(path, "model")
     try:
-        encoder, predictor = build(config["encoder"]), PredictorConfig(**config["predictor"])
+        encoder, predictor = build(config["encoder"]), _predictor(config["predictor"])
         proposer = Proposer(ProposerConfig(**config["proposer"])) if config.get("proposer") else None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
-    sizes = encoder.config.patches, encoder.config.embed_dim, predictor.proprio_dim
+    sizes = encoder.config.patches, encoder.config.embed_dim, predictor.config.proprio_dim
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
-    model = LatentModel(encoder, Predictor(predictor), reader, about, proposer)
+    model = LatentModel(encoder, predictor, reader, about, proposer)
+    kept = {value.dtype for value in tensors.values()}
+    if len(kept) == 1:  # a large model in half precision stays so
+        model.to(kept.pop())
     fill(model, tensors, path)
     return model
+
+
+def _predictor(config: dict) -> Predictor | ACPredictor:
+    """A predictor of ours or Meta's from its config as a file has it. TypeError where it is of neither kind."""
+    return ACPredictor(ACConfig(**config)) if config.get("name") == AC else Predictor(PredictorConfig(**config))
 
 
 def proposes(path: str | Path) -> bool:

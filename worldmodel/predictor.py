@@ -39,6 +39,11 @@ class PredictorConfig:
     window: int = 3  # frames that a frame sees, itself included
     rope_base: float = 100.0
 
+    @property
+    def context(self) -> int:
+        """The most frames that a planner need remember."""
+        return self.window
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
         if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
@@ -133,7 +138,7 @@ class Predictor(nn.Module):
         before = cache[0][0].shape[2] // self.tokens if cache else 0
         grid = config.grid[0] // config.merge, config.grid[1] // config.merge
         by = rotation(frame_places(start, steps, grid, x.device), config.embed_dim // config.num_heads, config.rope_base)
-        mask = self._mask(before, steps, x.device)
+        mask = causal(before, steps, self.tokens, config.window, x.device)
         kept, keep = [], (config.window - 1) * self.tokens
         for i, block in enumerate(self.blocks):
             x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
@@ -144,14 +149,17 @@ class Predictor(nn.Module):
         moved = proprio + self.to_proprio(x[:, :, 0])
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
 
-    def _mask(self, before: int, steps: int, device: torch.device) -> Tensor | None:
-        """[T * L, (before + T) * L]: a frame sees itself and window - 1 frames before; None where it sees all."""
-        if steps == 1:
-            return None if before < self.config.window else _refuse(before, self.config.window)
-        row = torch.arange(before, before + steps, device=device)[:, None]
-        column = torch.arange(before + steps, device=device)[None]
-        seen = (column <= row) & (column > row - self.config.window)
-        return seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+
+def causal(before: int, steps: int, tokens: int, window: int, device: torch.device) -> Tensor | None:
+    """[T * L, (before + T) * L] of frames of L tokens: each sees itself and window - 1 frames before; None: all it has."""
+    if steps == 1:
+        if before >= window:
+            raise ValueError(f"the cache holds {before} frames, expected fewer than the window of {window}")
+        return None
+    row = torch.arange(before, before + steps, device=device)[:, None]
+    column = torch.arange(before + steps, device=device)[None]
+    seen = (column <= row) & (column > row - window)
+    return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
 def merged(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
@@ -168,20 +176,16 @@ def unmerged(tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     return x.transpose(3, 4).flatten(2, 5)
 
 
-def frame_places(start: int, steps: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Where the tokens of frames start .. start + steps - 1 are: float32 [1, steps * (1 + rows * columns), 3].
+def frame_places(start: int, steps: int, grid: tuple[int, int], device: torch.device, own: int = 1) -> Tensor:
+    """Where the tokens of frames start .. start + steps - 1 are: float32 [1, steps * (own + rows * columns), 3].
 
-    The first of each frame, proprioception's, has a time but no place.
+    The first `own` of each frame, proprioception's for one, have a time but no place.
     """
     where = positions(steps, grid, device).unflatten(0, (steps, -1))
-    own = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
-    where = torch.cat((own, where), 1).flatten(0, 1)
+    time = F.pad(torch.arange(steps, dtype=torch.float32, device=device)[:, None, None], (0, 2))
+    where = torch.cat((time.expand(-1, own, -1), where), 1).flatten(0, 1)
     where[:, 0] += start
     return where[None]
-
-
-def _refuse(before: int, window: int) -> None:
-    raise ValueError(f"the cache holds {before} frames, expected fewer than the window of {window}")
 
 
 def expand(cache: Cache, times: int) -> Cache:

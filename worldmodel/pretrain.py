@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.checkpoint import fill, load_tensors
 from worldmodel.data import Dataset
 from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, initialise, patchify, positions, rotation, scaled, sinusoids, take
-from worldmodel.interface import Encoder
+from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
-from worldmodel.peers import EFFICIENTNET, EfficientNet, build
 from worldmodel.training import MODULE, Run, effective_rank, optimizer_for, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
@@ -116,7 +115,7 @@ class MaskPredictor(nn.Module):
         where = where[torch.cat(masks, 1)]  # [B, V + M, 3]
         if self.config.encoder.absolute:
             x = x + sinusoids(where, x.shape[-1])
-        by = rotation(where, head_dim, self.config.encoder.rope_base)
+        by = rotation(where, head_dim, self.config.encoder.rope_base, self.config.encoder.rope_tiled)
         for block in self.blocks:
             x = block(x, by)
         return self.norm(x)
@@ -348,29 +347,3 @@ def pretrain(
 
 def _plain(config: PretrainConfig, data: Dataset) -> dict:
     return asdict(config) | {"data": data.fingerprint}
-
-
-def save_encoder(path: str | Path, encoder: VideoEncoder, about: dict) -> None:
-    """Write an encoder's weights as safetensors."""
-    save_tensors(path, "encoder", encoder.state_dict(), encoder.metadata(), about)
-
-
-def load_encoder(path: str | Path, expected: EncoderConfig | None = None) -> Encoder:
-    """The frozen encoder of an encoder's or a whole model's file, or of others by its name.
-
-    Raises ValueError when its config is not the expected one.
-    """
-    if str(path) == EFFICIENTNET and expected is None:
-        return EfficientNet()
-    tensors, config, _ = load_tensors(path, "encoder", "model")
-    if "encoder" in config:  # a model
-        prefix, config = "encoder.", config["encoder"]
-        tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
-        encoder = build(config)
-    except TypeError as error:
-        raise ValueError(f"{path} is of another architecture: {error}") from error
-    if expected is not None and encoder.config != expected:
-        raise ValueError(f"{path} is of another architecture: it holds {encoder.config}, expected {expected}")
-    fill(encoder, tensors, path)
-    return encoder.requires_grad_(False).eval()

@@ -36,6 +36,8 @@ COMMANDS = {
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",
     "bench": "let a policy act in a task and count its successes",
+    "convert": "turn weights of V-JEPA 2 into files of this project, and back",
+    "energy": "draw the energy around a recorded robot action",
     "show": "make pictures of datasets, episodes, trainings and benchmarks",
 }
 SHARED = """\

@@ -57,7 +57,7 @@ def run(config: Config) -> dict:
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.imitation import ImitationConfig, imitate
-    from worldmodel.pretrain import load_encoder
+    from worldmodel.hub import load_encoder
 
     torch.set_num_threads(config.threads)
     recipe = ImitationConfig(**shared(config, ImitationConfig))

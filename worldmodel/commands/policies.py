@@ -22,7 +22,7 @@ from worldmodel.checkpoint import load_tensors
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.energy import EnergyConfig, GoalEnergy
-from worldmodel.pretrain import load_encoder
+from worldmodel.hub import load_encoder
 
 SCRIPTED = ("expert", "random", "nothing")
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do

@@ -55,6 +55,9 @@ class Config:
     """attention heads of the encoder; divides --embed-dim"""
     stem: int = 0
     """hidden units of a two-layer patch embedding, which finds small things sooner; 0: one linear map, as V-JEPA 2"""
+    vjepa2_layout: bool = False
+    """positions as V-JEPA 2 has them, rotary ones alone: `worldmodel convert --to transformers` takes such an encoder if it
+    has no --stem"""
     frames: int = 4
     """frames in a clip: an even number, or 1 for single images alone (I-JEPA)"""
     stride: int = 2
@@ -93,9 +96,10 @@ def run(config: Config) -> dict:
     from worldmodel.pretrain import PretrainConfig, pretrain
 
     torch.set_num_threads(config.threads)
+    layout = {"absolute": False, "rope_base": 10000.0, "rope_tiled": True} if config.vjepa2_layout else {}
     encoder = EncoderConfig(
         config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
-        num_heads=config.num_heads, stem=config.stem,
+        num_heads=config.num_heads, stem=config.stem, **layout,
     )  # fmt: skip
     recipe = PretrainConfig(encoder=encoder, **shared(config, PretrainConfig))
     path = pretrain(recipe, Dataset.open(config.data), config.out, config.minutes, config.resume)

@@ -96,7 +96,7 @@ def run(config: Config) -> dict:
     from worldmodel.encoder import VideoEncoder
     from worldmodel.interface import Encoder
     from worldmodel.model import shipped
-    from worldmodel.pretrain import load_encoder
+    from worldmodel.hub import load_encoder
 
     torch.set_num_threads(config.threads)
     path = config.encoder or shipped()

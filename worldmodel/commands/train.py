@@ -83,7 +83,7 @@ def run(config: Config) -> dict:
     from worldmodel.checkpoint import load_tensors
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
-    from worldmodel.pretrain import load_encoder
+    from worldmodel.hub import load_encoder
     from worldmodel.train import TrainConfig, train
 
     torch.set_num_threads(config.threads)
