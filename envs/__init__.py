@@ -8,10 +8,11 @@ from __future__ import annotations
 import gymnasium as gym
 
 import envs.gl  # noqa: F401  isort: skip; before anything that imports mujoco
+from envs.adapt import Foreign, adapt
 from envs.base import EnvConfig, EnvState, PandaEnv
 from envs.tasks import TASKS
 
-__all__ = ["TASKS", "EnvConfig", "EnvState", "PandaEnv", "make", "register"]
+__all__ = ["TASKS", "EnvConfig", "EnvState", "Foreign", "PandaEnv", "adapt", "make", "register"]
 _IDS = {"PandaReach-v0": "reach", "PandaGrasp-v0": "grasp", "PandaReachWithObject-v0": "reach-with-object",
         "PandaPickPlace-v0": "pick-place"}  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from envs.base import EnvConfig, PandaEnv
@@ -126,3 +127,33 @@ def check(config: EnvConfig) -> None:
     finally:
         one.close()
         other.close()
+
+
+def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5) -> None:
+    """What the agent and the benchmark need of anyone's environment: see `envs.adapt`, which makes one so.
+
+    Raises AssertionError that says what is missing, and how to mend it.
+    """
+    box = env.action_space
+    assert isinstance(box, gym.spaces.Box) and len(box.shape) == 1, f"action_space is {box}: expected a Box [A]; use envs.adapt"
+    assert (box.low == -1).all() and (box.high == 1).all(), f"actions are in {box.low}..{box.high}: expected -1..1; use envs.adapt"
+    obs, info = env.reset(seed=seed)
+    for what, seen in (("observation", obs), ("info['goal']", info.get("goal"))):
+        assert isinstance(seen, Mapping) and "pixels" in seen, f"the {what} has no 'pixels'; expected a dict of pixels and proprio"
+        pixels = np.asarray(seen["pixels"])
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (
+            f"pixels of the {what} are {pixels.dtype} {list(pixels.shape)}: expected uint8 [h, w, 3]"
+        )
+    shapes = np.shape(obs["pixels"]), np.shape(info["goal"]["pixels"])
+    assert shapes[0] == shapes[1], f"pictures of observation and goal are {shapes[0]} and {shapes[1]}: expected the same"
+    assert "proprio" in obs and np.ndim(obs["proprio"]) == 1, "the observation has no 'proprio' [S]; give zeros [1] where there is none"
+    for key, kind in (("success", bool), ("unsafe", Mapping), ("cost", float), ("subgoals", Sequence)):
+        assert isinstance(info.get(key), kind), f"info[{key!r}] is {info.get(key)!r}: expected {kind.__name__}"
+    assert not info["success"], "the start counts as success; draw goals that are further away"
+    actions = np.random.default_rng(seed).uniform(-1, 1, (steps, *box.shape)).astype(np.float32)
+    first = [obs, *(env.step(action)[0] for action in actions)]
+    again, info2 = env.reset(seed=seed)
+    _same(info2["goal"], dict(info["goal"]), "reset with the same seed gives another goal: ")
+    for i, seen in enumerate([again, *(env.step(action)[0] for action in actions)]):
+        _same(seen, first[i], f"the same seed and actions give another observation {i}: ")
+    assert difference(first[0]["pixels"], first[-1]["pixels"]) is not None, "actions change no pixel; is anything rendered?"

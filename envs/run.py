@@ -20,7 +20,7 @@ class Record:
     obs: dict[str, np.ndarray]  # pixels uint8 [T + 1, h, w, 3], proprio float32 [T + 1, 7]
     actions: np.ndarray  # float32 [T, A]
     infos: list[dict[str, Any]]  # T + 1, without goal and subgoals
-    goal: dict[str, np.ndarray]
+    goal: dict[str, np.ndarray]  # empty where the environment has none
     subgoals: list[dict[str, np.ndarray]]
     success: bool  # at any step
 
@@ -35,7 +35,7 @@ def rollout(env: gym.Env, act: Act, seed: int, max_steps: int | None = None) -> 
     `act(obs, info) -> action [A]`. A policy of `envs.experts` reads info alone: `lambda obs, info: policy(info)`.
     """
     obs, info = env.reset(seed=seed)
-    goal, subgoals = info["goal"], info["subgoals"]
+    goal, subgoals = info.get("goal", {}), info.get("subgoals", [])
     observations, actions, infos = [obs], [], [_slim(info)]
     while max_steps is None or len(actions) < max_steps:
         action = np.asarray(act(obs, info), np.float32)

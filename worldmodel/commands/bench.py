@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from envs.adapt import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -33,6 +34,7 @@ BUDGETS = {  # samples, iterations, elites, horizon
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
+FOREIGN = ("planner", "random", "nothing")  # policies that can act in an environment of others
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
 
@@ -116,6 +118,8 @@ class Config:
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.12
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    env: Foreign = Foreign()
+    """an environment of others instead of the robot; its only goal is final, and planner, random or nothing act there"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
@@ -125,6 +129,10 @@ class Config:
         for name in ("seed", "video", "samples_z", "proprio_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+        if self.env.id and self.policy not in FOREIGN:
+            raise ValueError(f"in {self.env.id} {', '.join(FOREIGN)} can act, not {self.policy}")
+        if self.env.id and self.policy == "planner" and self.model is None:
+            raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
 
 def run(config: Config) -> dict:
@@ -158,14 +166,16 @@ def report(result: dict) -> str:
     low, high = result["success_ci95"]
     seconds = result["decision_seconds"]
     rows = {
-        "task": f"{result['task']}, {result['object']}",
+        "task": ", ".join(filter(None, (result["task"], result["object"]))),
         "policy": result["policy"],
         "goal": result["goals"],
         "success": f"{result['success_rate']:.1%}  [{low:.1%}, {high:.1%}]  {result['successes']} of {result['episodes']}",
         "unsafe": f"{result['unsafe_rate']:.1%} of the episodes  "
         + ", ".join(f"{name} {count}" for name, count in result["unsafe_events"].items()),
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
-        "distance": f"{1000 * result['final_distance']:.0f} mm at the end, of {1000 * result['initial_distance']:.0f} (medians)",
+        "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
+        if result["object"]
+        else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians)",
         "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile",
         "out": result["out"],
     }
@@ -185,6 +195,8 @@ def resolved(config: Config) -> Config:
     if config.policy == "imitation" and (config.model is None or config.goal_proprio):
         raise ValueError("imitation needs --model policy.safetensors, of `worldmodel imitate`, and takes no --goal-proprio")
     path = config.model or model.shipped()
+    if config.env.id:  # which has one goal, and no gripper to choose for
+        config = dataclasses.replace(config, goal="final", gripper="gaussian")
     able = config.goal == "final" and config.policy in BUDGETS and model.proposes(path)
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
@@ -213,8 +225,8 @@ def summary(config: Config, episodes: list[dict]) -> dict:
     events = [u["event"] for e in episodes for u in e["unsafe"]]
     shown = "pictures and proprioception" if config.goal_proprio else "pictures alone"
     return {
-        "task": config.task,
-        "object": config.object,
+        "task": config.env.id or config.task,
+        "object": "" if config.env.id else config.object,
         "policy": config.policy,
         "goals": f"{config.goal}, {shown}" if config.policy in TOLD else "privileged state" if config.policy == "expert" else "none",
         "episodes": len(episodes),
@@ -235,6 +247,8 @@ def summary(config: Config, episodes: list[dict]) -> dict:
 def _identity(config: Config) -> dict:
     """What the results depend on, as JSON gives it back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
+    if not config.env.id:
+        del fields["env"]
     told = config.policy in TOLD
     fields["model"] = str(config.model) if told else None
     fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16] if told else None

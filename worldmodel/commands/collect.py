@@ -1,4 +1,4 @@
-"""Run scripted experts in the simulator and keep their episodes.
+"""Run scripted experts in the simulator and keep their episodes; or play in an environment of others (--env.id).
 
 Episode i depends on the configuration and on seed + i alone, so neither the number of workers nor an interruption
 changes a byte: the same command goes on where it was stopped, and mends what is damaged or missing.
@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from envs.adapt import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -62,6 +63,9 @@ class Config:
     """how much cameras, colours, light, mass and friction vary between episodes"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
+    env: Foreign = Foreign()
+    """an environment of others instead of the robot; task, object, cameras, action-dim and randomization are the robot's.
+    Who acts there: play (the default), random or nothing"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "image_size", "max_steps"):
@@ -69,6 +73,8 @@ class Config:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
+        if self.env.id and self.policy == "mixture":
+            object.__setattr__(self, "policy", "play")
 
 
 def run(config: Config) -> dict:
@@ -105,6 +111,9 @@ def report(result: dict) -> str:
 
 def _try_out(config: Config) -> None:
     """Make this worker's environments and draw once."""
+    if config.env.id:
+        _foreign(config).reset(seed=config.seed)
+        return
     for object in OBJECTS[config.object]:
         env = _env(config, object)
         env.reset(seed=config.seed)
@@ -146,13 +155,20 @@ def _recipe(config: Config) -> dict:
         del recipe[key]
     if not config.visibility:  # one more label: without it, the dataset is what it is for those who do not know of it
         del recipe["visibility"]
+    if config.env.id:
+        recipe["env"] = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe["env"].items()}
+    else:
+        del recipe["env"]
     return {**recipe, "cameras": list(config.cameras)}
 
 
 def _command(config: Config) -> str:
     """The command that makes this dataset, but for --out."""
     words = ["worldmodel", "collect", "--episodes", str(config.episodes)]
-    for key, value in _recipe(config).items():
+    recipe = _recipe(config)
+    fields = {**recipe, **{f"env.{key}": value for key, value in recipe.pop("env", {}).items() if value != []}}
+    fields.pop("env", None)
+    for key, value in fields.items():
         name = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -189,7 +205,17 @@ def _write(path: Path, episode: dict[str, np.ndarray]) -> int:
 def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     """One episode as data.write_episode takes it; it depends on the configuration and the seed alone."""
     from envs import experts, run
+    from envs.adapt import policy as player
 
+    if config.env.id:
+        env = _foreign(config)
+        policy = player(config.policy, env, np.random.default_rng((seed, 1)))
+        episode = run.rollout(env, lambda obs, info: policy(info), seed)
+        return {
+            **episode.obs, "actions": episode.actions, "seed": np.int64(seed), "task": config.env.id, "object": "",
+            "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]), "policy": config.policy,
+            "success": episode.success,
+        }  # fmt: skip
     env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
     policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
     episode = run.rollout(env, lambda obs, info: policy(info), seed)
@@ -218,6 +244,14 @@ def _env(config: Config, object: str):
 
     same = shared(config, envs.EnvConfig)
     return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False, "render_observations": False}))
+
+
+@functools.lru_cache
+def _foreign(config: Config):
+    """The environment of others of this process; it knows no goals."""
+    from envs.adapt import make
+
+    return make(config.env, config.image_size, config.max_steps, goals=False)
 
 
 def _summary(config: Config, collected: int, steps: int, seconds: float) -> dict:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
 
 import envs
 from envs import run
+from envs.adapt import make as make_foreign
+from envs.adapt import policy as foreign_policy
 from envs.experts import make_policy
 from planners.agent import Agent, AgentConfig
 from planners.sampling import SamplingConfig, SamplingPlanner
@@ -35,7 +38,7 @@ class Player:
         self.config = config
         torch.set_num_threads(config.threads)
         self._model = None if config.policy in SCRIPTED else load(config.model, config.policy)
-        self.env = envs.make(env_config(config, self._model))
+        self.env = _environment(config, self._model)
         self._agent = None if self._model is None else self._make_agent()
 
     def begin(self, seed: int) -> None:
@@ -59,7 +62,9 @@ class Player:
 
     def _scripted(self, seed: int, steps: list) -> run.Act:
         # Another stream of numbers than the scene's.
-        policy = make_policy(self.config.policy, self.env.config, np.random.default_rng((seed, 1)))
+        rng = np.random.default_rng((seed, 1))
+        foreign = self.config.env.id
+        policy = foreign_policy(self.config.policy, self.env, rng) if foreign else make_policy(self.config.policy, self.env.config, rng)
 
         def act(obs, info):
             start = time.perf_counter()
@@ -86,9 +91,10 @@ class Player:
         config = self.config
         if config.policy == "imitation":
             return Imitator(self._model, config.subgoal_steps)
-        energy = EnergyConfig(
-            config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=PROPRIO_SCALE
-        )
+        scale = PROPRIO_SCALE
+        if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
+            scale = tuple((2 * self._model.predictor.proprio_std).tolist())
+        energy = EnergyConfig(config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=scale)
         names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "gripper")
         planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
         simulated = config.policy == "simulator"
@@ -156,6 +162,16 @@ def load(path: Path, policy: str) -> nn.Module:
     return load_encoder(path)
 
 
+def _environment(config, world: nn.Module | None) -> gym.Env:
+    """The environment of a benchmark, of pictures that the model knows."""
+    if not config.env.id:
+        return envs.make(env_config(config, world))
+    env = make_foreign(config.env, 96 if world is None else world.encoder.config.image_size, config.max_steps)
+    if world is not None and world.action_dim != env.action_space.shape[0]:
+        raise ValueError(f"{config.model} plans actions of {world.action_dim} numbers, {config.env.id} takes {env.action_space.shape[0]}")
+    return env
+
+
 def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
     """The environment that shows what a model was trained on, or the default one. Raises ValueError where none does."""
     made = envs.EnvConfig(
@@ -184,7 +200,9 @@ def goals(config) -> Callable[[dict], list[dict]]:
 
 
 def distance(task: str, info: dict) -> float:
-    """Metres that remain: of the hand to its target in reach, else of the object to its own."""
+    """What remains, in metres: of the hand to its target in reach, else of the object to its own."""
+    if "distance" in info:  # of an environment of others
+        return info["distance"]
     thing = info["privileged/tcp_pos" if task == "reach" else "privileged/object_pos"]
     return float(np.linalg.norm(thing - info["privileged/target_pos"]))
 
@@ -198,13 +216,13 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
     ]
     return {
         "seed": record.seed,
-        "task": config.task,
-        "object": config.object,
+        "task": config.env.id or config.task,
+        "object": "" if config.env.id else config.object,
         "success": bool(record.success),
         "steps": len(record.actions),
         "initial_distance": round(distance(config.task, record.infos[0]), 4),
         "final_distance": round(distance(config.task, record.infos[-1]), 4),
-        "grasped": bool(any(info["privileged/grasped"] for info in record.infos)),
+        "grasped": bool(any(info.get("privileged/grasped", False) for info in record.infos)),
         "unsafe": unsafe,
         "subgoal": [step["subgoal"] for step in steps],
         "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],

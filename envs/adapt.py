@@ -1,0 +1,288 @@
+"""Anyone's Gymnasium environment with pixels, made like ours.
+
+Observations become {"pixels", "proprio"}, actions [-1, 1], and `info` gets `goal`, `subgoals`, `success`, `unsafe` and `cost`.
+A goal is what the environment, or the user, says it is; without, a place that random actions lead to from the very start of
+the episode, so that it can be reached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+
+_PIXELS, _PROPRIO = ("pixels", "image", "rgb"), ("proprio", "observation", "state", "agent_pos")  # keys of a dict, by turns
+_SUCCESS = ("success", "is_success")  # what an environment may call it in info
+_TRIES = 20  # goals that are drawn until one is far enough
+
+Obs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An environment of others, as commands and presets name it."""
+
+    id: str = ""
+    """of a Gymnasium environment, as gym.make takes it (module:Name-v0 imports the module); empty: this project's robot"""
+    kwargs: tuple[str, ...] = ()
+    """for gym.make, each name=value with a JSON value; with render_mode rgb_array unless it gives its own pixels"""
+    frame_skip: int = 1
+    """steps of the environment in one of ours"""
+    proprio: tuple[int, ...] = ()
+    """entries of its flat observation that are the robot's own state (none: all of them)"""
+    goal_steps: int = 20
+    """random steps from the start of an episode to its goal"""
+    judged: tuple[int, ...] = ()
+    """entries of proprio by whose distance to the goal's success is judged (none: all of them)"""
+    tolerance: float = 0.0
+    """distance that counts as success (0: the environment's own info tells)"""
+    least: float = 0.0
+    """distance between the start and a goal, at least"""
+
+    def __post_init__(self) -> None:
+        if self.frame_skip < 1 or self.goal_steps < 1:
+            raise ValueError(f"frame_skip is {self.frame_skip} and goal_steps {self.goal_steps}: expected at least 1")
+        if min(self.tolerance, self.least) < 0 or min((*self.proprio, *self.judged), default=0) < 0:
+            raise ValueError(f"expected distances and indices of at least 0, got {self}")
+
+
+def make(config: Foreign, image_size: int = 96, max_steps: int = 50, goals: bool = True) -> Adapted:
+    """The environment that a config names. Raises ValueError where there is none, or it does not fit."""
+    words = dict(_word(word) for word in config.kwargs)
+    try:
+        env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
+    except (gym.error.Error, ImportError, TypeError) as error:
+        raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
+    return adapt(env, config, image_size, max_steps, goals=goals)
+
+
+def _word(word: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"expected kwargs as name=value, got {word!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def adapt(
+    env: gym.Env,
+    config: Foreign = Foreign(),
+    image_size: int = 96,
+    max_steps: int = 50,
+    *,
+    proprio: Callable[[Any], np.ndarray] | None = None,
+    goal: Callable[[gym.Env, Any, dict], Obs] | Obs | None = None,
+    success: Callable[[Obs, Obs, dict], bool] | None = None,
+    unsafe: Callable[[Any, dict], Mapping[str, float]] | None = None,
+    goals: bool = True,
+) -> Adapted:
+    """Make an environment like ours.
+
+    env: its pixels are in its observation, or it renders rgb_array. proprio: of its observation, float [S] (default: an
+    entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
+    observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one
+    (default: where random actions lead). success: of observation, goal and info (default: config.tolerance, else what its
+    info tells). unsafe: of its observation and info, events with their measured values. Without `goals`, goals are left
+    out: for collecting. Raises ValueError for spaces that do not fit.
+    """
+    return Adapted(env, config, image_size, max_steps, proprio, goal, success, unsafe, goals)
+
+
+class Adapted(gym.Env):
+    """An environment of others with our observations, actions and infos; see `adapt`."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, env, config, image_size, max_steps, proprio, goal, success, unsafe, goals) -> None:
+        self.env, self.config, self.image_size, self.max_steps = env, config, image_size, max_steps
+        self._proprio_of, self._goal_of, self._success_of, self._unsafe_of = proprio, goal, success, unsafe
+        self._goals = goals
+        space = env.action_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"the action space is {space}: expected a Box [A]; wrap the environment so that its actions are continuous"
+            )
+        if not np.isfinite([space.low, space.high]).all():
+            raise ValueError(f"the action space {space} has no bounds; wrap the environment in gymnasium.wrappers.RescaleAction or clip it")
+        self._low, self._high = space.low.astype(np.float64), space.high.astype(np.float64)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
+        first, _ = env.reset(seed=0)
+        seen = self._observe(first)
+        self.observation_space = gym.spaces.Dict(
+            {
+                "pixels": gym.spaces.Box(0, 255, seen["pixels"].shape, np.uint8),
+                "proprio": gym.spaces.Box(-np.inf, np.inf, seen["proprio"].shape, np.float32),
+            }
+        )
+        size = len(seen["proprio"])
+        if max(config.judged, default=0) >= size:
+            raise ValueError(f"judged is {config.judged}, expected indices into proprio, which has {size} entries")
+        if goal is None and goals and success is None and not config.tolerance:
+            raise ValueError(
+                "the goal is where random actions lead, and nothing tells when it is reached: give a tolerance, or success and goal"
+            )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Start the episode of a seed, with its goal."""
+        super().reset(seed=seed)
+        seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        self._goal = self._draw_goal(seed) if self._goals and self._goal_of is None else None
+        obs, info = self.env.reset(seed=seed, options=options)
+        if self._goals and self._goal_of is not None:
+            made = self._goal_of if isinstance(self._goal_of, Mapping) else self._goal_of(self.env, obs, info)
+            self._goal = {"pixels": self._fit(made["pixels"])}
+            if "proprio" in made:
+                self._goal["proprio"] = np.asarray(made["proprio"], np.float32)
+        self._steps = 0
+        seen = self._observe(obs)
+        return seen, self._info(seen, info, {})
+
+    def step(self, action: np.ndarray):
+        """Run an action [A] in [-1, 1] for frame_skip steps. Raises ValueError where it is not finite, or of another shape."""
+        action = np.asarray(action, float)
+        if action.shape != self.action_space.shape or not np.isfinite(action).all():
+            raise ValueError(f"action is {action}: expected {self.action_space.shape} finite numbers in [-1, 1]")
+        obs, reward, info, unsafe, over = self._repeat(action.clip(-1, 1))
+        self._steps += 1
+        seen = self._observe(obs)
+        info = self._info(seen, info, unsafe)
+        return seen, reward, info["success"], over or self._steps >= self.max_steps, info
+
+    def render(self) -> np.ndarray:
+        """The picture uint8 [image_size, image_size, 3]."""
+        return self._fit(self.env.render())
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def distance(self, seen: Obs, goal: Obs) -> float:
+        """Between what is judged of two observations."""
+        at = list(self.config.judged) or slice(None)
+        return float(np.linalg.norm(seen["proprio"][at] - goal["proprio"][at]))
+
+    def _repeat(self, action: np.ndarray) -> tuple[Any, float, dict[str, Any], dict[str, float], bool]:
+        """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, whether it is over."""
+        theirs = (self._low + (action + 1) / 2 * (self._high - self._low)).astype(self.env.action_space.dtype)
+        reward, success, unsafe, over = 0.0, False, {}, False
+        for _ in range(self.config.frame_skip):
+            obs, gain, terminated, truncated, info = self.env.step(theirs)
+            reward, over = reward + float(gain), bool(terminated or truncated)
+            success |= any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
+            for event, value in (self._unsafe_of(obs, info) if self._unsafe_of else {}).items():
+                unsafe[event] = max(unsafe.get(event, -np.inf), float(value))
+            if over:
+                break
+        return obs, reward, {**info, "success": success}, unsafe, over
+
+    def _draw_goal(self, seed: int) -> dict[str, np.ndarray]:
+        """An observation that random actions lead to from the start of an episode, far enough from it."""
+        for attempt in range(_TRIES):
+            obs, _ = self.env.reset(seed=seed)
+            start = self._observe(obs, pixels=False)
+            act = policy("play", self, np.random.default_rng((seed, 3, attempt)))
+            for _ in range(self.config.goal_steps):
+                obs, *_, over = self._repeat(act({}))
+                if over:
+                    break
+            if self.distance(self._observe(obs, pixels=False), start) >= max(self.config.least, self.config.tolerance):
+                return self._observe(obs)
+        raise ValueError(
+            f"no goal of {_TRIES} is {self.config.least} away from the start of seed {seed}; give more goal_steps, or a smaller least"
+        )
+
+    def _info(self, seen: Obs, info: dict[str, Any], unsafe: dict[str, float]) -> dict[str, Any]:
+        own = any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
+        out = {**info, "unsafe": unsafe, "cost": float(len(unsafe)), "success": own}
+        if self._goal is None:
+            return out
+        goal = {key: value.copy() for key, value in self._goal.items()}
+        out |= {"goal": goal, "subgoals": [goal]}
+        if "proprio" in goal:
+            out["distance"] = self.distance(seen, goal)
+        if self._success_of is not None:
+            out["success"] = bool(self._success_of(seen, goal, info))
+        elif self.config.tolerance:
+            out["success"] = out["distance"] <= self.config.tolerance
+        return out
+
+    def _observe(self, obs: Any, pixels: bool = True) -> dict[str, np.ndarray]:
+        seen = {"pixels": self._fit(self._picture(obs))} if pixels else {}
+        return {**seen, "proprio": self._state(obs)}
+
+    def _picture(self, obs: Any) -> np.ndarray:
+        if isinstance(obs, Mapping):
+            for key in _PIXELS:
+                if key in obs:
+                    return obs[key]
+        elif np.ndim(obs) == 3:
+            return obs
+        picture = self.env.render()
+        if picture is None or np.ndim(picture) != 3:
+            raise ValueError(
+                "the environment has no pixels: its observation holds none, and render() gives none; make it with "
+                "render_mode='rgb_array', or wrap it in gymnasium.wrappers.AddRenderObservation"
+            )
+        return picture
+
+    def _state(self, obs: Any) -> np.ndarray:
+        if self._proprio_of is not None:
+            state = np.asarray(self._proprio_of(obs))
+        elif isinstance(obs, Mapping):
+            state = next((np.asarray(obs[key]) for key in _PROPRIO if key in obs and np.ndim(obs[key]) == 1), np.zeros(1))
+        else:
+            state = np.asarray(obs) if np.ndim(obs) == 1 else np.zeros(1)
+        if self.config.proprio and self._proprio_of is None:
+            if max(self.config.proprio) >= len(state):
+                raise ValueError(f"proprio is {self.config.proprio}, expected indices into an observation of {len(state)} entries")
+            state = state[list(self.config.proprio)]
+        return state.astype(np.float32)
+
+    def _fit(self, picture: np.ndarray) -> np.ndarray:
+        """A picture as uint8 [image_size, image_size, 3]: the middle square, resized."""
+        picture = np.asarray(picture)
+        if picture.ndim == 3 and picture.shape[0] in (3, 4) and picture.shape[2] not in (3, 4):
+            picture = np.moveaxis(picture, 0, 2)  # channels came first
+        if picture.ndim != 3 or picture.shape[2] not in (3, 4):
+            raise ValueError(f"expected a picture [h, w, 3], got {list(picture.shape)}; give one in colour")
+        picture = picture[..., :3]
+        if picture.dtype != np.uint8:
+            if picture.dtype.kind != "f" or picture.min() < 0 or picture.max() > 1:
+                raise ValueError(
+                    f"expected pixels uint8 in 0..255 or float in 0..1, got {picture.dtype} in {picture.min()}..{picture.max()}"
+                )
+            picture = np.rint(255 * picture).astype(np.uint8)
+        side = min(picture.shape[:2])
+        top, left = ((n - side) // 2 for n in picture.shape[:2])
+        picture = picture[top : top + side, left : left + side]
+        size = (self.image_size, self.image_size)
+        return picture.copy() if side == self.image_size else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def policy(name: str, env: gym.Env, rng: np.random.Generator) -> Callable[[dict], np.ndarray]:
+    """Who acts where there is no expert: random (anew at each step), play (each action held for a while), or nothing."""
+    size = env.action_space.shape[0]
+    if name == "nothing":
+        return lambda info: np.zeros(size, np.float32)
+    if name == "random":
+        return lambda info: rng.uniform(-1, 1, size).astype(np.float32)
+    if name != "play":
+        raise ValueError(f"unknown policy {name!r}: of an environment of others play, random and nothing are known")
+    held = {"action": np.zeros(size, np.float32), "left": 0}
+
+    def act(info: dict) -> np.ndarray:
+        if not held["left"]:
+            held["action"] = rng.uniform(-1, 1, size).astype(np.float32) * np.float32(rng.uniform(0.2, 1))
+            held["left"] = int(rng.integers(1, 7))
+        held["left"] -= 1
+        return held["action"]
+
+    return act

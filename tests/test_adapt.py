@@ -1,0 +1,163 @@
+"""Anyone's environment: what is turned into what, what is refused, and the way from collect to bench."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import envs
+from envs.adapt import Foreign, make, policy
+from envs.check import check_goal_env
+from worldmodel.commands import cli
+
+
+class Dot(gym.Env):
+    """A dot that actions push about a square; its observation is its place, [4] with two numbers that say nothing."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode="rgb_array", style="uint8", space=None, tells=False):
+        self.render_mode, self.style, self.tells = render_mode, style, tells
+        self.action_space = space or gym.spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = self.np_random.uniform(0.3, 0.7, 2)
+        self.steps = 0
+        return self._seen(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.at = (self.at + 0.05 * (action - [0, 0.5])).clip(0, 1)
+        self.steps += 1
+        info = {"is_success": self.steps > 3} if self.tells else {}
+        return self._seen(), 1.0, False, False, info
+
+    def _seen(self):
+        return np.array([7, *self.at, 7], np.float64)
+
+    def render(self):
+        picture = np.zeros((40, 60, 3), np.uint8)
+        row, column = (self.at * [30, 30] + [4, 14]).astype(int)
+        picture[row : row + 4, column : column + 4] = 255, 128, 0
+        if self.style == "float":
+            return picture / 255.0
+        if self.style == "first":
+            return np.moveaxis(picture, 2, 0)
+        return {"uint8": picture, "none": None, "grey": picture[..., 0], "wide": 2.0 * picture}[self.style]
+
+
+CONFIG = Foreign(frame_skip=2, proprio=(1, 2), goal_steps=10, tolerance=0.05, least=0.1)
+
+
+if "Dot-v0" not in gym.registry:  # worker processes import this module as well
+    gym.register("Dot-v0", Dot)
+
+
+def test_an_environment_becomes_like_ours():
+    env = envs.adapt(Dot(), CONFIG, image_size=20, unsafe=lambda obs, info: {"edge": obs[1]} if obs[1] > 0.9 else {})
+    check_goal_env(env)
+    obs, info = env.reset(seed=3)
+    assert obs["pixels"].shape == (20, 20, 3) and obs["pixels"].max() > 200 and obs["proprio"].shape == (2,)
+    assert info["distance"] >= 0.1 and not info["success"] and info["subgoals"][0] is info["goal"]
+    before = obs["proprio"]
+    obs, reward, _, _, info = env.step(np.array([1.0, -1.0]))
+    np.testing.assert_allclose(obs["proprio"] - before, [2 * 0.05 * 2, 2 * 0.05 * -0.5], atol=1e-6)  # twice, in their units
+    assert reward == 2.0
+    for _ in range(5):
+        info = env.step(np.array([1.0, 0.0]))[-1]
+    assert info["unsafe"] == {"edge": 1.0} and info["cost"] == 1.0
+
+
+def test_the_goal_can_be_reached_by_the_actions_that_led_there():
+    env = envs.adapt(Dot(), CONFIG, image_size=20)
+    _, info = env.reset(seed=5)
+    for attempt in range(20):
+        env.reset(seed=5)
+        act = policy("play", env, np.random.default_rng((5, 3, attempt)))
+        for _ in range(10):
+            *_, told = env.step(act({}))
+            if told["success"]:
+                return
+    raise AssertionError("no attempt reached it")
+
+
+def test_what_a_user_may_say():
+    picture = np.full((40, 40, 3), 9, np.uint8)
+    env = envs.adapt(Dot(), image_size=20, goal={"pixels": picture}, success=lambda seen, goal, info: seen["proprio"][1] > 0.8,
+                     proprio=lambda obs: obs[:3])  # fmt: skip
+    obs, info = env.reset(seed=0)
+    assert (info["goal"]["pixels"] == 9).all() and obs["proprio"].shape == (3,) and not info["success"]
+    while not info["success"]:
+        *_, over, _, info = env.step(np.array([1.0, 0.0]))
+    assert over
+    told = envs.adapt(Dot(tells=True), image_size=20, goal=lambda env, obs, info: {"pixels": picture, "proprio": obs[:1]})
+    told.reset(seed=0)
+    assert [told.step(np.zeros(2))[-1]["success"] for _ in range(5)] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("style", ["float", "first"])
+def test_pictures_are_converted(style):
+    plain, other = (envs.adapt(Dot(style=s), CONFIG, image_size=40) for s in ("uint8", style))
+    assert np.array_equal(plain.reset(seed=0)[0]["pixels"], other.reset(seed=0)[0]["pixels"])
+
+
+@pytest.mark.parametrize(
+    ("make_env", "message"),
+    [
+        (lambda: Dot(style="none"), "no pixels.*AddRenderObservation"),
+        (lambda: Dot(style="grey"), "no pixels"),
+        (lambda: Dot(style="wide"), "uint8 in 0..255 or float in 0..1, got float64"),
+        (lambda: Dot(space=gym.spaces.Discrete(3)), "expected a Box"),
+        (lambda: Dot(space=gym.spaces.Box(-np.inf, np.inf, (2,))), "has no bounds"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make_env, message):
+    with pytest.raises(ValueError, match=message):
+        envs.adapt(make_env(), CONFIG)
+
+
+def test_configs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="give a tolerance"):
+        envs.adapt(Dot())
+    with pytest.raises(ValueError, match="observation of 4 entries"):
+        envs.adapt(Dot(), Foreign(proprio=(1, 9), tolerance=0.1))
+    with pytest.raises(ValueError, match="2 entries"):
+        envs.adapt(Dot(), Foreign(proprio=(1, 2), judged=(2,), tolerance=0.1))
+    with pytest.raises(ValueError, match="more goal_steps"):
+        envs.adapt(Dot(), Foreign(proprio=(1, 2), tolerance=0.1, least=50.0)).reset(seed=0)
+    with pytest.raises(ValueError, match="cannot make 'Nothing-v0'"):
+        make(Foreign("Nothing-v0"))
+    with pytest.raises(ValueError, match="name=value"):
+        make(Foreign("Dot-v0", ("style",)))
+    env = envs.adapt(Dot(), CONFIG)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="finite numbers"):
+        env.step(np.array([np.nan, 0.0]))
+
+
+def test_the_check_tells_what_is_missing():
+    with pytest.raises(AssertionError, match="expected -1..1; use envs.adapt"):
+        check_goal_env(Dot())
+
+
+def test_from_collect_to_bench(tmp_path, capsys):
+    env = "--env.id test_adapt:Dot-v0 --env.proprio 1 2 --env.tolerance 0.05 --env.least 0.1".split()
+    data, encoder, model = tmp_path / "data", tmp_path / "encoder", tmp_path / "model"
+
+    def call(*words):
+        return cli.main([str(word) for word in words])
+
+    assert call("collect", *env, "--image-size", 24, "--episodes", 8, "--max-steps", 6, "--workers", 1, "--out", data) == 0
+    small = "--embed-dim 24 --depth 1 --num-heads 1 --batch 4 --steps 4 --threads 1".split()
+    assert call("pretrain", "--data", data, *small, "--image-size", 24, "--stride", 1, "--out", encoder) == 0
+    assert call("train", "--data", data, "--encoder", encoder / "encoder.safetensors", *small, "--merge", 1, "--transitions", 2, "--out", model) == 0
+    bench = "bench", *env, "--episodes", 2, "--max-steps", 3, "--seed", 50, "--samples", 4, "--elites", 2, "--iterations", 1
+    assert call(*bench, "--model", model / "model.safetensors", "--video", 1, "--out", tmp_path / "bench") == 0
+    assert "Dot-v0" in capsys.readouterr().out and (tmp_path / "bench" / "episode-50.webp").exists()
+    assert call(*bench, "--policy", "random", "--out", tmp_path / "random") == 0
+    assert call(*bench, "--policy", "expert", "--out", tmp_path / "no") == 2
+    assert call(*bench, "--out", tmp_path / "no") == 2
+    assert "knows nothing of test_adapt:Dot-v0" in capsys.readouterr().err
+    assert call(*bench, "--policy", "random", "--env.id", "Gone-v0", "--out", tmp_path / "no") == 2
+    assert not (tmp_path / "no").exists()
