@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Verdict
-from worldmodel.interface import Context, Energy, Features, Obs, Propose, WorldModel
+from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
 SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
 OTHER_STEPS = 8  # for each sub-goal of any other number of them
@@ -41,9 +41,10 @@ class AgentConfig:
     progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
     retry: float | None = None  # share of it above which a sub-goal has failed at its end: begin again at the first
     retries: int = 3  # times, at most, in an episode
+    risk_weight: float = 0.0  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "looks": 1, "chunk": 1, "retries": 0}
+        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "risk_weight": 0, "looks": 1, "chunk": 1, "retries": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
@@ -77,8 +78,13 @@ def imagine(
     generator: torch.Generator | None = None,
     samples_z: int = 0,
     chunk: int = 512,
+    hazard: Hazard | None = None,
+    risk_weight: float = 0.0,
 ) -> Cost:
     """The cost of plans of `horizon` steps: the mean energy of the futures that the model imagines.
+
+    With a hazard, plus risk_weight times how likely the worst step is to go wrong, meaned over the worse half of the
+    futures (conditional value at risk).
 
     The same z are used for all candidates, so that they differ by their actions alone; they are drawn now, `samples_z` for
     each problem, or with 0 are the prior's mean. At most about `chunk` futures are held at once.
@@ -86,11 +92,21 @@ def imagine(
     b = len(context.features.patches)
     z = model.sample_z((b, 1, max(1, samples_z), horizon), generator if samples_z else None)
 
+    def value(actions: Tensor) -> Tensor:
+        imagined, energies = look_ahead(model, context, energy, actions, z)
+        if hazard is None or not risk_weight:
+            return energies.mean(2)
+        return energies.mean(2) + risk_weight * tail(hazard(imagined, actions).amax(3)).to(energies)
+
     def cost(actions: Tensor) -> Tensor:
-        parts = actions.split(max(1, chunk // (b * z.shape[2])), 1)
-        return torch.cat([look_ahead(model, context, energy, part, z)[1].mean(2) for part in parts], 1)
+        return torch.cat([value(part) for part in actions.split(max(1, chunk // (b * z.shape[2])), 1)], 1)
 
     return cost
+
+
+def tail(risks: Tensor) -> Tensor:
+    """Mean over the worse half of K futures: [B, N, K] -> [B, N]."""
+    return risks.sort(2, descending=True)[0][:, :, : (risks.shape[2] + 1) // 2].mean(2)
 
 
 def look_ahead(model: WorldModel, context: Context, energy: Energy, actions: Tensor, z: Tensor) -> tuple[Features, Tensor]:
@@ -106,7 +122,8 @@ class Agent:
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. With `fallback` [A] (zeros
     without) it answers where the gate refuses. With `propose` it finds the sub-goals on the way to a single goal by itself,
-    and until the first one is reached anew at every step: the nearer it is, the better it can be told.
+    and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
+    `config.risk_weight` it avoids steps that are likely to go wrong.
     """
 
     def __init__(
@@ -118,8 +135,10 @@ class Agent:
         gate: Gate = OpenGate(),
         fallback: np.ndarray | None = None,
         propose: Propose | None = None,
+        hazard: Hazard | None = None,
     ) -> None:
         self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
+        self.hazard = hazard
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
@@ -263,7 +282,8 @@ class Agent:
         """Make a new plan, imagine it under several z, and have the gate judge it."""
         config, energy, generator = self.config, self._energies[self._subgoal], self._generator
         horizon = max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
-        cost = imagine(self.model, context, energy, horizon, generator, config.samples_z, config.chunk)
+        risk = self.hazard, config.risk_weight
+        cost = imagine(self.model, context, energy, horizon, generator, config.samples_z, config.chunk, *risk)
         plan = self.planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")

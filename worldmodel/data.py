@@ -98,6 +98,12 @@ def read_episode(path: Path, keys: Sequence[str] | None = None) -> dict[str, np.
     raise ValueError(f"{path} has no {', '.join(missing)}; it has {', '.join(sorted(present))}")
 
 
+def keys_of(path: Path) -> set[str]:
+    """Names of the arrays of one episode."""
+    with _opened(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 def check_episode(path: Path) -> bool:
     """Whether the episode is there and undamaged; reads all of it."""
     try:

@@ -90,6 +90,14 @@ class Energy(Protocol):
         ...
 
 
+class Hazard(Protocol):
+    """How likely imagined steps are to go wrong."""
+
+    def __call__(self, imagined: Features, actions: Tensor) -> Tensor:
+        """patches [B, N, K, H, P, D], actions [B, N, H, A] -> probabilities [B, N, K, H]."""
+        ...
+
+
 class Propose(Protocol):
     """Finds sub-goals on the way to a goal."""
 

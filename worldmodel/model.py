@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
 from worldmodel.encoder import autocast
+from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
 from worldmodel.peers import build
 from worldmodel.predictor import Predictor, PredictorConfig, expand
@@ -27,13 +28,13 @@ class LatentModel(nn.Module):
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `proposer` finds sub-goals on the way
-    to a goal. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on
+    to a goal. `hazard` tells how likely an imagined step is to go wrong. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on
     held-out data, which thresholds are relative to.
     """
 
     def __init__(
         self, encoder: Encoder, predictor: Predictor | ACPredictor, reader: AttentiveProbe | None = None, about: dict | None = None,
-        proposer: Proposer | None = None,
+        proposer: Proposer | None = None, hazard: Hazard | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
@@ -42,6 +43,7 @@ class LatentModel(nn.Module):
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
         self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
+        self.hazard = hazard
         self.about = about or {}
         self._remembered: tuple[Context, tuple[list | None, int]] | None = None
         self.requires_grad_(False).eval()
@@ -139,6 +141,7 @@ class LatentModel(nn.Module):
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
         config["proposer"] = None if self.proposer is None else asdict(self.proposer.config)
+        config["hazard"] = self.hazard is not None
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -156,7 +159,9 @@ def load(path: str | Path | None = None) -> LatentModel:
         raise ValueError(f"{path} is of another architecture: {error}") from error
     sizes = encoder.config.patches, encoder.config.embed_dim, predictor.config.proprio_dim
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
-    model = LatentModel(encoder, predictor, reader, about, proposer)
+    own = predictor.config
+    hazard = Hazard(*sizes[1::-1], own.proprio_dim, own.action_dim) if config.get("hazard") else None
+    model = LatentModel(encoder, predictor, reader, about, proposer, hazard)
     kept = {value.dtype for value in tensors.values()}
     if len(kept) == 1:  # a large model in half precision stays so
         model.to(kept.pop())

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from worldmodel.data import Dataset, Frames
+from worldmodel.data import Dataset, Frames, keys_of
 from worldmodel.encoder import autocast
+from worldmodel.hazard import LABEL, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
@@ -211,6 +212,16 @@ def train(
     seen = slice(None, None, max(1, len(frames["held"]) // 2000))
     wrong = reader(torch.from_numpy(features["held"][seen].astype(np.float32))) - torch.from_numpy(frames["held"].proprio[seen])
     scores |= {f"reader_rmse/{i}": float(wrong[:, i].square().mean().sqrt()) for i in range(wrong.shape[1])}
+    hazard = None
+    if has(data, LABEL):
+        unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
+        hazard = fit_hazard(features["train"], first, unsafe["train"], seed=config.seed)
+        scores |= judge_hazard(hazard, features["held"], frames["held"], unsafe["held"])
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
-    LatentModel(encoder, predictor, reader, about).save(out / "model.safetensors")
+    LatentModel(encoder, predictor, reader, about, hazard=hazard).save(out / "model.safetensors")
     return out / "model.safetensors"
+
+
+def has(data: Dataset, key: str) -> bool:
+    """Whether all episodes of a dataset record something."""
+    return all(key in keys_of(episode.path) for episode in data.episodes)

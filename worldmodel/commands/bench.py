@@ -108,6 +108,8 @@ class Config:
     """of features"""
     proprio_weight: float | None = None
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
+    risk_weight: float = 0.0
+    """of the probability that a step goes wrong, in a plan's cost, where the model has a hazard head"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -126,7 +128,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {value}, expected at least 1")
-        for name in ("seed", "video", "samples_z", "proprio_weight"):
+        for name in ("seed", "video", "samples_z", "proprio_weight", "risk_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         if self.env.id and self.policy not in FOREIGN:

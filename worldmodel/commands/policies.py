@@ -106,10 +106,14 @@ class Player:
         look = AgentConfig(
             config.horizon, config.countdown, 1, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
             subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
-            progress=config.progress, retry=config.retry,
+            progress=config.progress, retry=config.retry, risk_weight=config.risk_weight,
         )  # fmt: skip
         propose = self._model.proposer.propose if config.propose == "always" else None
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, propose=propose)
+        hazard = getattr(self._model, "hazard", None)
+        if config.risk_weight and hazard is None:
+            raise ValueError(f"{config.model} has no hazard head, which --risk-weight needs; `worldmodel train` makes one")
+        hazard = None if hazard is None else hazard.imagined
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, propose=propose, hazard=hazard)
 
 
 @dataclass(frozen=True)

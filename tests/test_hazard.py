@@ -1,0 +1,81 @@
+"""The hazard head learns what is unsafe, is honest about it, and keeps a planner away from it."""
+
+import numpy as np
+import pytest
+import torch
+
+from planners.agent import imagine, tail
+from planners.sampling import SamplingConfig, SamplingPlanner
+from worldmodel.data import Frames
+from worldmodel.hazard import auroc, calibration_error, fit_hazard, judge_hazard
+from worldmodel.interface import Context, Features
+
+
+def steps(seed: int, episodes: int = 40, length: int = 25):
+    """Episodes in which a step is unsafe where the action pushes down although the hand, proprio 0, is low."""
+    rng = np.random.default_rng(seed)
+    frames = episodes * length
+    proprio = rng.uniform(0, 1, (frames, 3)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (frames, 2)).astype(np.float32)
+    features = rng.normal(size=(frames, 4, 6)).astype(np.float16)
+    unsafe = np.zeros(frames, int)
+    unsafe[1:] = (proprio[1:, 0] < 0.3) & (actions[:-1, 0] < 0)
+    offsets = np.arange(0, frames + 1, length)
+    return features, Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * episodes), unsafe
+
+
+@pytest.fixture(scope="module")
+def head():
+    features, frames, unsafe = steps(0)
+    return fit_hazard(features, frames, unsafe, epochs=55, batch=128)
+
+
+def test_it_learns_what_is_unsafe(head):
+    scores = judge_hazard(head, *steps(1))
+    assert scores["hazard_auroc"] > 0.95 and scores["hazard_ece"] < 0.1
+    assert 0.1 < scores["hazard_rate"] < 0.2
+
+
+def test_training_is_repeatable_and_leaves_the_generators_alone(head):
+    before = torch.get_rng_state()
+    again = fit_hazard(*steps(0), epochs=55, batch=128)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_planner_keeps_away_from_it(head):
+    """A model whose hand goes where it is told, and a goal that lies where it is unsafe to push."""
+
+    class World:
+        max_context = action_dim = 2
+        latent_dim = 1
+
+        def sample_z(self, shape, generator):
+            return torch.zeros(*shape, 1)
+
+        def rollout(self, context, actions, z):
+            b, n, h, _ = actions.shape
+            proprio = torch.full((b, n, 1, h, 3), 0.2)
+            return Features(torch.zeros(b, n, 1, h, 4, 6), proprio)
+
+    context = Context(Features(torch.zeros(1, 1, 4, 6), torch.full((1, 1, 3), 0.2)), torch.zeros(1, 0, 2))
+    energy = lambda imagined, actions: (1 + actions[..., 0].mean(-1))[:, :, None]  # noqa: E731  the lower, the better
+    found = {}
+    for weight in (0.0, 5.0):
+        cost = imagine(World(), context, energy, 1, None, hazard=head.imagined, risk_weight=weight)
+        planner = SamplingPlanner(SamplingConfig(gripper="gaussian"))
+        found[weight] = planner.plan(cost, torch.zeros(1, 1, 2), torch.Generator().manual_seed(0)).actions[0, 0, 0]
+    assert found[0.0] < -0.9 < -0.3 < found[5.0]
+
+
+def test_the_tail_is_the_worse_half():
+    assert tail(torch.tensor([[[0.1, 0.9, 0.5, 0.3]]])).tolist() == [[pytest.approx(0.7)]]
+    assert tail(torch.tensor([[[0.4]]])).tolist() == [[pytest.approx(0.4)]]
+
+
+def test_measures():
+    assert auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])) == 0.75
+    assert auroc(np.full(4, 0.5), np.array([True, False, True, False])) == 0.5
+    assert np.isnan(auroc(np.ones(3), np.ones(3, bool)))
+    assert calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([True, False, False, False])) == 0.0
+    assert calibration_error(np.array([0.9, 0.9]), np.array([False, False])) == pytest.approx(0.9)
