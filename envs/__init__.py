@@ -5,20 +5,38 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 import gymnasium as gym
 
 import envs.gl  # noqa: F401  isort: skip; before anything that imports mujoco
-from envs.adapt import Foreign, adapt
-from envs.base import EnvConfig, EnvState, PandaEnv
-from envs.tasks import TASKS
+
+if TYPE_CHECKING:
+    from envs.base import EnvConfig, EnvState, PandaEnv
+    from envs.foreign import Foreign, adapt
+    from envs.tasks import TASKS
 
 __all__ = ["TASKS", "EnvConfig", "EnvState", "Foreign", "PandaEnv", "adapt", "make", "register"]
+_HERE = {"base": ("EnvConfig", "EnvState", "PandaEnv"), "tasks": ("TASKS",), "foreign": ("Foreign", "adapt")}
 _IDS = {"PandaReach-v0": "reach", "PandaGrasp-v0": "grasp", "PandaReachWithObject-v0": "reach-with-object",
         "PandaPickPlace-v0": "pick-place"}  # fmt: skip
 
 
+def __getattr__(name: str):
+    """What is imported when it is first asked for: MuJoCo takes long."""
+    for module, names in _HERE.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"envs.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'envs' has no attribute {name!r}")
+
+
 def make(config: EnvConfig, render_mode: str | None = None) -> PandaEnv:
     """Return the environment of a config."""
+    from envs.base import PandaEnv
+
     return PandaEnv(config, render_mode)
 
 
@@ -34,6 +52,8 @@ def _make_registered(
     stop_on_success: bool = True,
     render_mode: str | None = None,
 ) -> PandaEnv:
+    from envs.base import EnvConfig, PandaEnv
+
     config = EnvConfig(task, object, image_size, cameras, action_dim, max_steps, randomization, render_goals, stop_on_success)
     return PandaEnv(config, render_mode)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Verdict
+from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
 SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
@@ -42,6 +42,8 @@ class AgentConfig:
     retry: float | None = None  # share of it above which a sub-goal has failed at its end: begin again at the first
     retries: int = 3  # times, at most, in an episode
     risk_weight: float = 0.0  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
+    caution: float = 2.0  # the same of the plan that is made when the gate has refused one
+    refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
         least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "risk_weight": 0, "looks": 1, "chunk": 1, "retries": 0}
@@ -68,6 +70,7 @@ class Decision:
     subgoal: int  # index of the sub-goal it pursues
     verdict: Verdict
     seconds: float  # that this step's decision took
+    answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, hold, hand over
 
 
 def imagine(
@@ -120,8 +123,9 @@ def look_ahead(model: WorldModel, context: Context, energy: Energy, actions: Ten
 class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
-    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. With `fallback` [A] (zeros
-    without) it answers where the gate refuses. With `propose` it finds the sub-goals on the way to a single goal by itself,
+    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Where the gate refuses a plan
+    it makes a more cautious one, then a smaller step, then answers with `fallback` [A] (zeros without), and after some of
+    those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
     `config.risk_weight` it avoids steps that are likely to go wrong.
     """
@@ -156,6 +160,7 @@ class Agent:
         self._shape = _checked(goals[0], "goal", None)["pixels"].shape
         checked = [_checked(g, "goal", self._shape) for g in goals]
         self._goals = [self.model.encode(g) for g in checked]
+        self._pursued = self._goals  # the sub-goals' features
         self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._goals]
         self._finds = self.propose is not None and len(goals) == 1
         self._budget = () if self._finds else self._budgets(len(goals))
@@ -166,6 +171,7 @@ class Agent:
         self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
         self._retries = 0
         self._trail: list[float] = []  # observed energies to the sub-goal
+        self._pixels, self._still, self._holds = None, 0, 0
         self.last = None
 
     @torch.no_grad()
@@ -178,16 +184,19 @@ class Agent:
         start = time.perf_counter()
         if not self._energies:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
-        self._features.append(self.model.encode(_checked(obs, "observation", self._shape)))
+        checked = _checked(obs, "observation", self._shape)
+        self._watch(np.asarray(checked["pixels"]))
+        self._features.append(self.model.encode(checked))
         context = self._context()
         if self._finds and self._subgoal == 0:
             self._find_subgoals()
         observed = self._move_on(context)
-        if self._is_new() or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
+        if self._is_new() or not self.last.verdict.go or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
             decision = self._next(context, observed)
         else:
             decision = replace(self.last, observed=observed)
         action = decision.plan.actions[0, self._age].numpy(force=True) if decision.verdict.go else self.fallback
+        self._holds = 0 if decision.verdict.go else self._holds + 1
         action = np.clip(action, -1, 1).astype(np.float32)
         self.last = replace(decision, action=action, seconds=time.perf_counter() - start)
         self._actions.append(torch.from_numpy(action.copy()))
@@ -196,9 +205,24 @@ class Agent:
         self._ahead += 1
         return action.copy()
 
+    def _watch(self, pixels: np.ndarray) -> None:
+        """Notice a picture that stays the same to the bit although the last action was to move."""
+        same = self._pixels is not None and np.array_equal(pixels, self._pixels) and bool(np.abs(self.last.action).max() > 0.1)
+        self._still = self._still + 1 if same else 0
+        self._pixels = pixels.copy()
+
+    def _seen(self) -> Seen:
+        """What the gate may know besides the plan."""
+        expected = None
+        if self.last is not None and self.last.verdict.go:
+            futures, at = self.last.imagined, self._age - 1
+            expected = Features(futures.patches[:, at], None if futures.proprio is None else futures.proprio[:, at])
+        return Seen(self._features[-1], self._pursued[self._subgoal], self._pixels, expected, self._still)
+
     def _find_subgoals(self) -> None:
         """Have sub-goals proposed on the way from the last frame to the goal."""
         found = self.propose(self._features[-1], self._goals[-1])
+        self._pursued = found
         self._energies = [self.energy(_with_axes(goal, 1)) for goal in found]
         self._budget = self._budgets(len(found))
 
@@ -279,22 +303,40 @@ class Agent:
         return self._decide(context, self._leave(context))
 
     def _decide(self, context: Context, observed: float) -> Decision:
-        """Make a new plan, imagine it under several z, and have the gate judge it."""
-        config, energy, generator = self.config, self._energies[self._subgoal], self._generator
+        """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
+        config, generator, seen = self.config, self._generator, self._seen()
         horizon = max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
-        risk = self.hazard, config.risk_weight
-        cost = imagine(self.model, context, energy, horizon, generator, config.samples_z, config.chunk, *risk)
+        cost = self._cost(context, horizon, config.risk_weight)
         plan = self.planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
-        z = self.model.sample_z((1, 1, config.looks, horizon), generator if config.looks > 1 else None)
+        self._age = 0
+        decision = self._judged(plan, context, observed, seen, "plan")
+        if not decision.verdict.go and self.hazard is not None:
+            cautious = self.planner.plan(self._cost(context, horizon, config.caution), torch.zeros_like(plan.actions), generator)
+            decision = self._judged(cautious, context, observed, seen, "cautious plan")
+        if not decision.verdict.go:
+            half = decision.plan.actions / 2
+            decision = self._judged(replace(decision.plan, actions=half, cost=cost(half[:, None])[:, 0]), context, observed, seen, "smaller step")
+        if not decision.verdict.go:
+            decision = replace(decision, answer="hand over" if self._holds + 1 >= config.refusals else "hold")
+        return decision
+
+    def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:
+        config, energy = self.config, self._energies[self._subgoal]
+        return imagine(
+            self.model, context, energy, horizon, self._generator, config.samples_z, config.chunk, self.hazard, risk_weight
+        )
+
+    def _judged(self, plan: Plan, context: Context, observed: float, seen: Seen, answer: str) -> Decision:
+        """A plan with the futures that are imagined of it, and the gate's verdict."""
+        looks, energy = self.config.looks, self._energies[self._subgoal]
+        z = self.model.sample_z((1, 1, looks, plan.actions.shape[1]), self._generator if looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         spread = float(futures.patches[:, -1].std(0, correction=0).mean())
-        verdict = self.gate.judge(futures, energies[0, 0])
-        self._age = 0
-        mean = float(energies.mean())
-        return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0)
+        verdict, mean = self.gate.judge(plan, futures, seen), float(energies.mean())
+        return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0, answer)
 
     def _warm_start(self, horizon: int) -> Tensor:
         """What is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +49,25 @@ class Verdict:
     score: float  # what was measured; lower is safer
     limit: float  # the highest score that may run
     why: str  # one sentence
+    signals: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What has been seen when a plan is judged."""
+
+    now: Features  # of the last picture: patches [P, D], proprio [S]
+    goal: Features  # that is pursued: patches [P, D]
+    pixels: np.ndarray  # uint8 [h, w, 3], the last picture
+    expected: Features | None = None  # of the last picture, as imagined a step ago under K sampled z: patches [K, P, D]
+    still: int = 0  # how many pictures before the last one were the same to the bit, although the robot was told to move
 
 
 class Gate(Protocol):
     """Judges the plan that a planner has chosen."""
 
-    def judge(self, imagined: Features, energies: Tensor) -> Verdict:
-        """Futures of one plan under K sampled z: patches [K, H, P, D], energies [K]."""
+    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
+        """A plan [1, H, A], its futures under K sampled z, patches [K, H, P, D], and what has been seen."""
         ...
 
 
@@ -61,6 +75,6 @@ class Gate(Protocol):
 class OpenGate:
     """Lets every plan run."""
 
-    def judge(self, imagined: Features, energies: Tensor) -> Verdict:
+    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
         """Always go."""
         return Verdict(True, 0.0, float("inf"), "no gate")

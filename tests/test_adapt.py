@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs.adapt import Foreign, make, policy
+from envs.foreign import Foreign, make, policy
 from envs.check import check_goal_env
 from worldmodel.commands import cli
 

@@ -259,7 +259,7 @@ def test_a_new_subgoal_is_planned_for_at_once():
 class Refusing:
     """A gate that never opens."""
 
-    def judge(self, imagined, energies):
+    def judge(self, plan, imagined, seen):
         return Verdict(False, 1.0, 0.0, "always")
 
 
@@ -269,6 +269,28 @@ def test_a_closed_gate_yields_only_fallback_actions():
     assert all((d.action == 0).all() and not d.verdict.go for d in decisions) and (world.position == 0.1).all()
     back = go(agent_of(gate=Refusing(), fallback=np.array([0.5, 0.0])), Plane(), 2, picture((0.9, 0.9)))
     assert all(np.array_equal(d.action, [0.5, 0.0]) for d in back)
+    assert [d.answer for d in go(agent_of(config=AgentConfig(refusals=3), gate=Refusing()), Plane(), 4, FAR)] == ["hold"] * 2 + ["hand over"] * 2
+
+
+def test_a_refused_plan_is_answered_with_a_safer_one():
+    class Limited:
+        """Lets small steps pass."""
+
+        def __init__(self, limit):
+            self.limit = limit
+
+        def judge(self, plan, imagined, seen):
+            size = float(plan.actions.abs().max())
+            return Verdict(size <= self.limit, size, self.limit, "size")
+
+    hazard = lambda imagined, actions: (actions[:, :, None].abs().amax(-1) > 0.3).float()  # noqa: E731
+    agent = agent_of(gate=Limited(0.5))
+    agent.hazard = hazard
+    cautious = go(agent, Plane(), 1, FAR)[0]
+    assert cautious.answer == "cautious plan" and 0 < np.abs(cautious.action).max() <= 0.5
+    smaller = go(agent_of(gate=Limited(0.6)), Plane(), 1, FAR)[0]
+    assert smaller.answer == "smaller step" and 0.3 < np.abs(smaller.action).max() <= 0.6
+    assert torch.equal(smaller.plan.cost, smaller.plan.cost) and smaller.verdict.go
 
 
 def test_imagination_in_chunks_costs_the_same_and_bounds_what_is_held():

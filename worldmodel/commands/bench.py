@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from envs.adapt import Foreign
+from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -120,6 +120,12 @@ class Config:
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.12
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    gate: Literal["off", "on", "random"] = "off"
+    """whether plans are judged before they run, by what --calibration says; random: refuses by chance, to compare with"""
+    calibration: Path | None = None
+    """calibration.safetensors of `worldmodel calibrate`, for this task, model and planner"""
+    abstain: float = 0.0
+    """how often --gate random refuses a plan (0 to 1)"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; its only goal is final, and planner, random or nothing act there"""
 
@@ -131,6 +137,10 @@ class Config:
         for name in ("seed", "video", "samples_z", "proprio_weight", "risk_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+        if (self.gate == "on") != (self.calibration is not None) or not 0 <= self.abstain <= 1:
+            raise ValueError("--gate on needs --calibration, which nothing else takes; --abstain is 0 to 1")
+        if self.gate != "off" and self.policy not in BUDGETS:
+            raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.env.id and self.policy not in FOREIGN:
             raise ValueError(f"in {self.env.id} {', '.join(FOREIGN)} can act, not {self.policy}")
         if self.env.id and self.policy == "planner" and self.model is None:
@@ -174,6 +184,9 @@ def report(result: dict) -> str:
         "success": f"{result['success_rate']:.1%}  [{low:.1%}, {high:.1%}]  {result['successes']} of {result['episodes']}",
         "unsafe": f"{result['unsafe_rate']:.1%} of the episodes  "
         + ", ".join(f"{name} {count}" for name, count in result["unsafe_events"].items()),
+        "gate": ""
+        if result["refusal_rate"] is None
+        else f"refused {result['refusal_rate']:.1%} of the plans, held at {result['abstention_rate']:.1%} of the steps",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
         "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
         if result["object"]
@@ -237,6 +250,7 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         "success_ci95": list(wilson(len(successes), len(episodes))),
         "unsafe_rate": sum(bool(e["unsafe"]) for e in episodes) / len(episodes),
         "unsafe_events": {name: events.count(name) for name in sorted(set(events))},
+        **_abstentions(episodes),
         "grasp_rate": sum(e["grasped"] for e in episodes) / len(episodes),
         "steps_to_success": float(np.mean([e["steps"] for e in successes])) if successes else None,
         "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
@@ -246,6 +260,15 @@ def summary(config: Config, episodes: list[dict]) -> dict:
     }
 
 
+def _abstentions(episodes: list[dict]) -> dict:
+    """How often the gate refused a plan, and how often nothing safer was found either; none without a gate."""
+    answers = [answer for e in episodes for answer in e.get("answers", ())]
+    if not answers:
+        return {"refusal_rate": None, "abstention_rate": None}
+    held = sum(answer in ("hold", "hand over") for answer in answers)
+    return {"refusal_rate": sum(a != "plan" for a in answers) / len(answers), "abstention_rate": held / len(answers)}
+
+
 def _identity(config: Config) -> dict:
     """What the results depend on, as JSON gives it back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
@@ -253,8 +276,13 @@ def _identity(config: Config) -> dict:
         del fields["env"]
     told = config.policy in TOLD
     fields["model"] = str(config.model) if told else None
-    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16] if told else None
+    fields["model_sha256"] = _sha256(config.model) if told else None
+    fields["calibration"] = config.calibration and _sha256(config.calibration)
     return json.loads(json.dumps(fields))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @dataclass

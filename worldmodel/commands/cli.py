@@ -35,6 +35,7 @@ COMMANDS = {
     "imitate": "train a policy that imitates, to compare the planner with",
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",
+    "calibrate": "find the safety gate's limits from a planner's own decisions",
     "bench": "let a policy act in a task and count its successes",
     "convert": "turn weights of V-JEPA 2 into files of this project, and back",
     "energy": "draw the energy around a recorded robot action",

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from envs.adapt import Foreign
+from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -205,7 +205,7 @@ def _write(path: Path, episode: dict[str, np.ndarray]) -> int:
 def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     """One episode as data.write_episode takes it; it depends on the configuration and the seed alone."""
     from envs import experts, run
-    from envs.adapt import policy as player
+    from envs.foreign import policy as player
 
     if config.env.id:
         env = _foreign(config)
@@ -249,7 +249,7 @@ def _env(config: Config, object: str):
 @functools.lru_cache
 def _foreign(config: Config):
     """The environment of others of this process; it knows no goals."""
-    from envs.adapt import make
+    from envs.foreign import make
 
     return make(config.env, config.image_size, config.max_steps, goals=False)
 

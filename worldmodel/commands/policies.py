@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,19 +18,25 @@ from torch import nn
 
 import envs
 from envs import run
-from envs.adapt import make as make_foreign
-from envs.adapt import policy as foreign_policy
+from envs.foreign import make as make_foreign
+from envs.foreign import policy as foreign_policy
 from envs.experts import make_policy
 from planners.agent import Agent, AgentConfig
+from planners.gate import Limits, SafetyGate
+from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel import imitation, model
 from worldmodel.checkpoint import load_tensors
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
+from worldmodel.density import Density
 from worldmodel.energy import EnergyConfig, GoalEnergy
+from worldmodel.interface import Features, Hazard
 from worldmodel.hub import load_encoder
 
 SCRIPTED = ("expert", "random", "nothing")
+JUDGED = ("task", "object", "goal", "randomization", "planner", "samples", "iterations", "elites", "horizon", "replan", "std",
+           "margin", "gripper", "energy", "distance", "proprio_weight", "risk_weight", "cameras", "model_sha256")  # fmt: skip  # what a calibration belongs to
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -47,9 +56,9 @@ class Player:
         if self._agent is not None:
             self._agent.reset(goals(self.config)(info), seed)
 
-    def play(self, seed: int) -> tuple[dict[str, Any], Film]:
-        """Play the episode of a seed: what results.json says of it, and its film."""
-        steps: list[dict[str, Any]] = []
+    def play(self, seed: int, steps: list[dict[str, Any]] | None = None) -> tuple[dict[str, Any], Film]:
+        """Play the episode of a seed: what results.json says of it, and its film. What was decided is added to `steps`."""
+        steps = [] if steps is None else steps
         act = self._scripted(seed, steps) if self._agent is None else self._planned(seed, steps)
         record = run.rollout(self.env, act, seed)
         return _entry(self.config, record, steps), _film(self.config, record, steps)
@@ -76,13 +85,17 @@ class Player:
 
     def _planned(self, seed: int, steps: list) -> run.Act:
         agent, goals_of = self._agent, goals(self.config)
+        if self.config.gate == "random":  # whoever plays the episode
+            agent.gate = RandomGate(self.config.abstain, np.random.default_rng((seed, 2)))
 
         def act(obs, info):
             if not steps:
                 agent.reset(goals_of(info), seed)
             action = agent.act(obs)
             last = agent.last
-            steps.append({"seconds": last.seconds, "subgoal": last.subgoal, "energy": last.observed})
+            judged = getattr(last, "verdict", None)
+            steps.append({"seconds": last.seconds, "subgoal": last.subgoal, "energy": last.observed, "verdict": judged,
+                          "answer": getattr(last, "answer", "plan")})  # fmt: skip
             return action
 
         return act
@@ -113,7 +126,28 @@ class Player:
         if config.risk_weight and hazard is None:
             raise ValueError(f"{config.model} has no hazard head, which --risk-weight needs; `worldmodel train` makes one")
         hazard = None if hazard is None else hazard.imagined
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, propose=propose, hazard=hazard)
+        gate = self._make_gate(hazard)
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
+
+    def _make_gate(self, hazard: Hazard | None) -> Gate:
+        config = self.config
+        if config.gate != "on":
+            return OpenGate()
+        limits, density = limits_of(config.calibration, config)
+        return SafetyGate(limits, hazard, density, config.replan, self._model.latent_dim > 0 and config.policy == "planner")
+
+
+@dataclass(frozen=True)
+class RandomGate:
+    """Refuses by chance, as often as it is told."""
+
+    rate: float
+    rng: np.random.Generator
+
+    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
+        """Go, or not."""
+        drawn = float(self.rng.random())
+        return Verdict(drawn >= self.rate, self.rate - drawn, 0.0, "by chance")
 
 
 @dataclass(frozen=True)
@@ -192,6 +226,24 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
     return made
 
 
+def calibrated_for(config) -> dict[str, Any]:
+    """What a calibration is of: task, model and planner of a benchmark's config, as JSON gives it back."""
+    fields = {name: getattr(config, name) for name in JUDGED if name != "model_sha256"}
+    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16]
+    return json.loads(json.dumps(fields))
+
+
+def limits_of(path: Path, config) -> tuple[Limits, Density]:
+    """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's."""
+    tensors, found, _ = load_tensors(path, "calibration")
+    here = calibrated_for(config)
+    others = [f"{name} {found['of'].get(name)} instead of {here[name]}" for name in JUDGED if found["of"].get(name) != here[name]]
+    if others:
+        raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate for this with `worldmodel calibrate`")
+    limits = {name: math.inf if value is None else value for name, value in found["limits"].items()}
+    return Limits(**limits), Density(tensors["mean"], tensors["std"])
+
+
 def goals(config) -> Callable[[dict], list[dict]]:
     """What a policy is told of an info: the goal or the sub-goals, as pictures alone unless goal_proprio."""
     keys = ("pixels", "proprio") if config.goal_proprio else ("pixels",)
@@ -231,6 +283,17 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "subgoal": [step["subgoal"] for step in steps],
         "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
         "decision_seconds": [round(step["seconds"], 5) for step in steps],
+        **_judgements(config, steps),
+    }
+
+
+def _judgements(config, steps: list[dict]) -> dict[str, Any]:
+    """What the gate said at each step, where there is one."""
+    if config.gate == "off":
+        return {}
+    return {
+        "answers": [step["answer"] for step in steps],
+        "refused": [step["verdict"].why for step in steps if not step["verdict"].go],
     }
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import gymnasium as gym
 import numpy as np
 
@@ -260,6 +259,8 @@ class Adapted(gym.Env):
                     f"expected pixels uint8 in 0..255 or float in 0..1, got {picture.dtype} in {picture.min()}..{picture.max()}"
                 )
             picture = np.rint(255 * picture).astype(np.uint8)
+        import cv2  # it takes long, and a command line asks this module for its flags
+
         side = min(picture.shape[:2])
         top, left = ((n - side) // 2 for n in picture.shape[:2])
         picture = picture[top : top + side, left : left + side]

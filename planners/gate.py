@@ -1,0 +1,136 @@
+"""The safety gate: lets a plan run where what is known of it stays within calibrated limits, and says why where not.
+
+Four signals, each against its own limit; the verdict's score is the largest share of a limit, so its own limit is 1.
+
+    hazard     how likely the steps that would run are to go wrong, at most over the sampled futures
+    doubt      how far the sampled futures lie apart: what z leaves open
+    surprise   how far the last picture was from the nearest future that had been imagined of it
+    novelty    how unlike the training data the last picture is, and the goal's: z says nothing of what was never seen
+
+Some things are refused whatever the limits are: numbers that are not finite, a picture that shows nothing, a camera that
+stands still while the robot moves, sampled futures that do not differ although they should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import ceil, inf, isfinite
+
+import torch
+from torch import Tensor
+
+from planners.interface import Plan, Seen, Verdict
+from worldmodel.interface import Features, Hazard
+
+BLANK = 3.0  # grey levels: a picture that deviates less from its mean shows nothing
+STILL = 2  # pictures that are the same to the bit while the robot is told to move
+WORDS = {
+    "hazard": "the plan is likely to go wrong",
+    "doubt": "the imagined futures lie far apart",
+    "surprise": "the last step came out unlike anything that was imagined of it",
+    "novelty": "the picture is unlike what the model was trained on",
+    "goal_novelty": "the goal's picture is unlike what the model was trained on",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The highest values that may pass; infinite: any."""
+
+    hazard: float = inf
+    doubt: float = inf
+    surprise: float = inf
+    novelty: float = inf
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"the limit of {name} is {value}: expected more than 0")
+
+
+@dataclass(frozen=True)
+class SafetyGate:
+    """Judges a plan by its imagined futures and by what has been seen.
+
+    `hazard` and `novelty` are functions of a model; without them their signals are 0. `steps` are those of a plan that run
+    before the next one is made. `sampled` says that futures should differ: the model has a z, and several were drawn.
+    """
+
+    limits: Limits
+    hazard: Hazard | None = None
+    novelty: Callable[[Tensor], Tensor] | None = None  # patches [..., P, D] -> [...]
+    steps: int = 1
+    sampled: bool = True
+
+    @torch.no_grad()
+    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
+        """Go where no limit is passed; see the module."""
+        if why := self._broken(plan, imagined, seen):
+            return Verdict(False, inf, 1.0, why)
+        values = self.signals(plan, imagined, seen)
+        limits = asdict(self.limits) | {"goal_novelty": self.limits.novelty}
+        shares = {name: value / limits[name] for name, value in values.items()}
+        worst = max(shares, key=shares.get)
+        go = shares[worst] <= 1
+        why = "within all limits" if go else f"{WORDS[worst]}: {worst} {values[worst]:.3g} over {limits[worst]:.3g}"
+        return Verdict(go, shares[worst], 1.0, why, values)
+
+    def signals(self, plan: Plan, imagined: Features, seen: Seen) -> dict[str, float]:
+        """The values that limits are for."""
+        run = slice(0, self.steps)
+        futures = Features(imagined.patches[None, None, :, run], None if imagined.proprio is None else imagined.proprio[None, None, :, run])
+        novelty = self.novelty or (lambda patches: torch.zeros(()))
+        values = {"hazard": 0.0, "doubt": spread(imagined.patches[:, run]), "surprise": 0.0,
+                  "novelty": float(novelty(seen.now.patches)), "goal_novelty": float(novelty(seen.goal.patches))}  # fmt: skip
+        if self.hazard is not None:
+            values["hazard"] = float(self.hazard(futures, plan.actions[:, None, run]).max())
+        if seen.expected is not None:
+            values["surprise"] = float((seen.expected.patches - seen.now.patches).abs().mean((-2, -1)).min())
+        return values
+
+    def _broken(self, plan: Plan, imagined: Features, seen: Seen) -> str | None:
+        """What needs no limit to be refused."""
+        tensors = (plan.actions, imagined.patches, imagined.proprio, seen.now.patches, seen.now.proprio, seen.goal.patches)
+        if not all(torch.isfinite(x).all() for x in tensors if x is not None):
+            return "features hold NaN or infinity"
+        if seen.pixels.std() < BLANK:
+            return "the camera shows nothing: all pixels are alike"
+        if seen.still >= STILL:
+            return f"the camera stands still: the last {seen.still + 1} pictures are the same while the robot moves"
+        if self.sampled and len(imagined.patches) > 1 and bool((imagined.patches == imagined.patches[:1]).all()):
+            return "the sampled futures are all the same: z has no effect"
+        return None
+
+
+def spread(patches: Tensor) -> float:
+    """Standard deviation over K futures [K, H, P, D], meaned over features, of the step where it is largest."""
+    return float(patches.std(0, correction=0).mean((-2, -1)).max())
+
+
+def conformal_limit(scores: list[float], rate: float) -> float:
+    """The limit that a fresh score passes with probability of at most `rate`; infinite where there are too few scores.
+
+    Split conformal prediction: the ceil((n + 1) (1 - rate))-th of n exchangeable scores (Vovk et al. 2005).
+    """
+    n = len(scores)
+    rank = ceil((n + 1) * (1 - rate))
+    return sorted(scores)[rank - 1] if 0 < rank <= n else inf
+
+
+def controlled_limit(scores: list[float], events: list[bool], risk: float) -> float:
+    """The largest limit for which at most `risk` of all fresh decisions are let go and go wrong; 0 where none is.
+
+    Conformal risk control (Angelopoulos et al., arXiv 2208.02814): the loss, let go and wrong, grows with the limit and is at
+    most 1, so (sum of losses + 1) / (n + 1) <= risk bounds its expectation on exchangeable decisions.
+    """
+    n, wrong, limit = len(scores), 0, 0.0
+    ordered = sorted(zip(scores, events))
+    for i, (score, event) in enumerate(ordered):
+        wrong += event
+        last = i + 1 == n or ordered[i + 1][0] > score
+        if (wrong + 1) / (n + 1) > risk:
+            return limit
+        if last and isfinite(score):
+            limit = score
+    return inf

@@ -1,0 +1,126 @@
+"""The gate: what it refuses whatever its limits, what it measures, and that calibrated limits hold on fresh decisions."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit, spread
+from planners.interface import Plan, Seen
+from worldmodel import model
+from worldmodel.commands import cli
+from worldmodel.interface import Features
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def futures(k: int = 4, h: int = 2, apart: float = 0.1) -> Features:
+    rng = torch.Generator().manual_seed(0)
+    return Features(torch.ones(k, h, 3, 5) + apart * torch.randn(k, h, 3, 5, generator=rng), torch.zeros(k, h, 2))
+
+
+def judged(gate: SafetyGate = SafetyGate(Limits()), imagined: Features | None = None, actions=0.5, **seen):
+    plan = Plan(torch.full((1, 2, 2), actions), torch.zeros(1), torch.zeros(1, 2, 2))
+    now = Features(torch.ones(3, 5), torch.zeros(2))
+    return gate.judge(plan, imagined or futures(), Seen(**{"now": now, "goal": now, "pixels": PICTURE, **seen}))
+
+
+def test_what_is_in_order_goes():
+    verdict = judged()
+    assert verdict.go and verdict.score == 0 and "within" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"now": Features(torch.full((3, 5), math.nan))}, "NaN"),
+        ({"now": Features(torch.ones(3, 5), torch.tensor([math.inf, 0]))}, "NaN or infinity"),
+        ({"goal": Features(torch.full((3, 5), math.inf))}, "NaN or infinity"),
+        ({"imagined": Features(torch.full((4, 2, 3, 5), math.nan))}, "NaN"),
+        ({"actions": math.nan}, "NaN"),
+        ({"pixels": np.zeros((8, 8, 3), np.uint8)}, "shows nothing"),
+        ({"still": 2}, "stands still: the last 3 pictures"),
+        ({"imagined": futures(apart=0.0)}, "z has no effect"),
+    ],
+)
+def test_it_cannot_be_talked_past(change, why):
+    verdict = judged(**change)
+    assert not verdict.go and why in verdict.why and verdict.score == math.inf
+
+
+def test_each_signal_has_its_own_limit_and_is_named():
+    now = Features(torch.ones(3, 5))
+    expected = Features(torch.stack((torch.zeros(3, 5), torch.full((3, 5), 0.7))))  # the nearer one is 0.3 off
+    novelty = lambda patches: patches.max() * 2  # noqa: E731
+    hazard = lambda imagined, actions: torch.tensor([[[[0.1, 0.9], [0.4, 0.9]]]])[..., : actions.shape[2]]  # noqa: E731
+    gate = SafetyGate(Limits(), hazard, novelty)
+    plan = Plan(torch.zeros(1, 2, 2), torch.zeros(1), torch.zeros(1, 2, 2))
+    values = gate.signals(plan, futures(k=2), Seen(now, Features(3 * torch.ones(3, 5)), PICTURE, expected))
+    assert values["hazard"] == pytest.approx(0.4) and values["surprise"] == pytest.approx(0.3)
+    assert (values["novelty"], values["goal_novelty"]) == (2.0, 6.0)
+    assert values["doubt"] == pytest.approx(spread(futures(k=2).patches[:, :1]))
+    for name, limit, word in (("hazard", 0.39, "go wrong"), ("surprise", 0.29, "unlike anything"), ("doubt", 0.01, "far apart"),
+                              ("novelty", 5.0, "the goal's picture"), ("novelty", 1.9, "unlike what")):  # fmt: skip
+        verdict = judged(SafetyGate(Limits(**{name: limit}), hazard, novelty), futures(k=2), goal=Features(3 * torch.ones(3, 5)), expected=expected)
+        assert not verdict.go and word in verdict.why and verdict.score > 1
+    assert judged(SafetyGate(Limits(hazard=0.41, surprise=0.31, doubt=1.0, novelty=6.1), hazard, novelty), futures(k=2), expected=expected).go
+    with pytest.raises(ValueError, match="the limit of doubt is 0"):
+        Limits(doubt=0.0)
+
+
+def test_conformal_limits_hold_on_fresh_scores():
+    rng = np.random.default_rng(0)
+    passed = []
+    for _ in range(300):
+        limit = conformal_limit(list(rng.exponential(size=99)), 0.1)
+        passed.append((rng.exponential(size=50) > limit).mean())
+    assert abs(np.mean(passed) - 0.1) < 0.01
+    assert conformal_limit([1.0, 2.0], 0.1) == math.inf  # too few to tell
+    assert conformal_limit([3.0, 1.0, 2.0], 0.5) == 2.0
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.2])
+def test_controlled_limits_keep_the_risk_on_fresh_decisions(risk):
+    rng, realised, going = np.random.default_rng(0), [], []
+    for _ in range(200):
+        scores = rng.uniform(size=200)
+        events = rng.uniform(size=200) < scores  # the higher the score, the likelier
+        limit = controlled_limit(list(scores), list(events), risk)
+        fresh = rng.uniform(size=1000)
+        wrong = (rng.uniform(size=1000) < fresh) & (fresh <= limit)
+        realised.append(wrong.mean())
+        going.append((fresh <= limit).mean())
+    assert risk - 0.02 < np.mean(realised) <= risk + 0.002
+    assert np.mean(going) > 0.2
+    assert controlled_limit([0.1, 0.2], [True, True], 0.05) == 0.0
+    assert controlled_limit([0.1] * 100, [False] * 100, 0.05) == math.inf
+
+
+def call(*args) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def test_from_calibrate_to_bench(tmp_path, capsys):
+    for command, extra in (("collect", ()), ("pretrain", ("--data", tmp_path / "collect")),
+                           ("train", ("--data", tmp_path / "collect", "--encoder", tmp_path / "pretrain" / "encoder.safetensors"))):  # fmt: skip
+        assert call(command, "--preset", "debug", *extra, "--out", tmp_path / command) == 0
+    trained = tmp_path / "train" / "model.safetensors"
+    assert model.load(trained).hazard is not None
+    file = tmp_path / "calibration.safetensors"
+    assert call("calibrate", "--preset", "debug", "--model", trained, "--out", file) == 0
+    assert "AUROC" in capsys.readouterr().out
+    assert call("calibrate", "--preset", "debug", "--model", trained, "--out", file) == 2
+    bench = "bench", "--preset", "debug", "--model", trained
+    same = "--samples", 8, "--iterations", 3, "--elites", 8, "--max-steps", 3
+    assert call(*bench, *same, "--gate", "on", "--calibration", file, "--out", tmp_path / "on") == 0
+    assert "refused" in capsys.readouterr().out
+    assert call(*bench, *same, "--gate", "random", "--abstain", 1, "--out", tmp_path / "random", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["abstention_rate"] == told["refusal_rate"] == 1.0
+    assert call(*bench, *same, "--gate", "on", "--out", tmp_path / "no") == 2
+    assert call(*bench, *same, "--gate", "on", "--calibration", trained, "--out", tmp_path / "no") == 2
+    assert call(*bench, *same, "--gate", "on", "--calibration", file, "--task", "reach", "--out", tmp_path / "no") == 2
+    assert "was calibrated for task pick-place instead of reach" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
