@@ -1,0 +1,84 @@
+"""The checks that are shipped pass on what is ours, and teach where something is broken."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from planners.check import check_gate, check_planner
+from planners.gate import Limits, SafetyGate
+from planners.interface import OpenGate, Plan, Verdict
+from planners.sampling import VJEPA2_AC, SamplingConfig, SamplingPlanner
+from worldmodel import model
+from worldmodel.check import check_world_model
+from worldmodel.interface import Features
+
+OBS = {"pixels": np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8), "proprio": np.array([0.5, 0, 0.2, 0, 0, 0, 0.08], np.float32)}
+
+
+@pytest.mark.parametrize("method", ["cem", "icem", "mppi"])
+def test_our_planners_pass(method):
+    check_planner(SamplingPlanner(SamplingConfig(method)))
+    check_planner(SamplingPlanner(replace(VJEPA2_AC, samples=32, iterations=2)), action_dim=7, horizon=1)
+
+
+def test_our_gate_and_model_pass():
+    check_gate(SafetyGate(Limits(doubt=5.0)))
+    check_world_model(model.load(), OBS)
+
+
+def test_a_planner_that_is_broken_is_told_so():
+    class Wild:
+        def plan(self, cost, warm, generator):
+            return Plan(3 * torch.randn(warm.shape), torch.zeros(len(warm)), warm)
+
+    class Liar:
+        def plan(self, cost, warm, generator):
+            return Plan(warm, torch.full((len(warm),), -1.0), warm)
+
+    class Random:
+        def plan(self, cost, warm, generator):
+            actions = torch.rand(1)[0] * 1e-3 + warm
+            return Plan(actions, cost(actions[:, None])[:, 0].clamp_max(cost(warm[:, None])[:, 0]), warm)
+
+    for broken, words in ((Wild(), "clamp them"), (Liar(), "return what would run"), (SimpleNamespace(plan=lambda *a: None), "NoneType")):
+        with pytest.raises(AssertionError, match=words):
+            check_planner(broken)
+    with torch.random.fork_rng(), pytest.raises(AssertionError):
+        check_planner(Random())
+
+
+def test_a_gate_that_is_broken_is_told_so():
+    with pytest.raises(AssertionError, match="NaN were let go"):
+        check_gate(OpenGate())
+    mute = SimpleNamespace(judge=lambda plan, imagined, seen: Verdict(True, 0.0, 1.0, ""))
+    with pytest.raises(AssertionError, match="why is empty"):
+        check_gate(mute)
+    odd = SimpleNamespace(judge=lambda plan, imagined, seen: Verdict(True, 2.0, 1.0, "because"))
+    with pytest.raises(AssertionError, match="score 2.0 and limit 1.0"):
+        check_gate(odd)
+
+
+def test_a_model_that_is_broken_is_told_so():
+    class Model:
+        action_dim, latent_dim, max_context = 4, 1, 1
+
+        def encode(self, obs):
+            return Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), torch.as_tensor(obs["proprio"]))
+
+        def sample_z(self, shape, generator):
+            return torch.randn(*shape, 1, generator=generator)
+
+        def rollout(self, context, actions, z):
+            b, n, h, _ = actions.shape
+            peek = actions.sum((2, 3))[:, :, None, None, None, None]  # of the whole plan
+            return Features(context.features.patches[:, :, None, None] * 0 + peek.expand(b, n, z.shape[2], h, 5, 6), None)
+
+    with pytest.raises(AssertionError, match="depends on a later action"):
+        check_world_model(Model(), OBS)
+    flat = Model()
+    flat.encode = lambda obs: Features(torch.ones(30), None)
+    with pytest.raises(AssertionError, match=r"expected \[P, D\]"):
+        check_world_model(flat, OBS)

@@ -1,0 +1,44 @@
+"""The contract of a world model, as a function that raises AssertionError with a line that says what is broken."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from worldmodel.interface import Context, Features, Obs, WorldModel, to_tensor
+
+
+def check_world_model(model: WorldModel, obs: Obs, tolerance: float = 1e-3) -> None:
+    """A model gives what planners rely on; obs is one observation of its environment, pixels [h, w, 3] and proprio [S].
+
+    Shapes are those of `worldmodel.interface`; "privileged/*" is not read; nothing is drawn from a global generator; what is
+    imagined of a plan depends neither on its later actions nor on the plans beside it.
+    """
+    before = torch.get_rng_state()
+    now = model.encode(obs)
+    assert isinstance(now, Features), f"encode(...) returned {type(now).__name__}: expected worldmodel.interface.Features"
+    assert now.patches.dim() == 2, f"patches of one picture are {list(now.patches.shape)}: expected [P, D]"
+    many = model.encode({key: np.stack([obs[key]] * 2) for key in ("pixels", "proprio") if key in obs})
+    assert many.patches.shape == (2, *now.patches.shape), f"patches of two pictures are {list(many.patches.shape)}: keep leading axes"
+    secret = model.encode({**obs, "privileged/object_pos": np.full(3, 1e9, np.float32)})
+    assert torch.equal(secret.patches, now.patches), "encode(...) reads privileged/*, which no model may"
+    proprio = None if now.proprio is None else to_tensor(now.proprio)[None, None]
+    context = Context(Features(now.patches[None, None], proprio), torch.zeros(1, 0, model.action_dim))
+    rng = torch.Generator().manual_seed(0)
+    actions = 2 * torch.rand(1, 3, 2, model.action_dim, generator=rng) - 1
+    z = model.sample_z((1, 3, 2, 2), torch.Generator().manual_seed(1))
+    assert z.shape == (1, 3, 2, 2, model.latent_dim), f"sample_z gives {list(z.shape)}: expected [..., Z] with Z = {model.latent_dim}"
+    assert torch.equal(z, model.sample_z((1, 3, 2, 2), torch.Generator().manual_seed(1))), "sample_z does not follow its generator"
+    imagined = model.rollout(context, actions, z)
+    shape = (1, 3, 2, 2, *now.patches.shape)
+    assert imagined.patches.shape == shape, f"rollout gives patches {list(imagined.patches.shape)}: expected [B, N, K, H, P, D] = {list(shape)}"
+    assert torch.isfinite(imagined.patches).all(), "rollout imagines NaN or infinity"
+
+    def same(part: Features, whole: torch.Tensor, what: str) -> None:
+        off = float((part.patches - whole).abs().max())
+        assert off <= tolerance, f"{what}: patches differ by {off:.2g}"
+
+    same(model.rollout(context, actions[:, :, :1], z[:, :, :, :1]), imagined.patches[:, :, :, :1], "the first step depends on a later action")
+    same(model.rollout(context, actions[:, 1:2], z[:, 1:2]), imagined.patches[:, 1:2], "a plan's future depends on the plans beside it")
+    same(model.rollout(context, actions, z), imagined.patches, "the same plan and z give another future")
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was drawn from; draw from the one that is given"
