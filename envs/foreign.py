@@ -39,7 +39,7 @@ class Foreign:
     judged: tuple[int, ...] = ()
     """entries of proprio by whose distance to the goal's success is judged (none: all of them)"""
     tolerance: float = 0.0
-    """distance that counts as success (0: the environment's own info tells)"""
+    """distance that counts as success; needed to play for a goal, unless a function tells"""
     least: float = 0.0
     """distance between the start and a goal, at least"""
 
@@ -50,14 +50,14 @@ class Foreign:
             raise ValueError(f"expected distances and indices of at least 0, got {self}")
 
 
-def make(config: Foreign, image_size: int = 96, max_steps: int = 50, goals: bool = True) -> Adapted:
+def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_success: bool = True, goals: bool = True) -> Adapted:
     """The environment that a config names. Raises ValueError where there is none, or it does not fit."""
     words = dict(_word(word) for word in config.kwargs)
     try:
         env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
+        return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
     except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
-    return adapt(env, config, image_size, max_steps, goals=goals)
 
 
 def _word(word: str) -> tuple[str, Any]:
@@ -80,6 +80,7 @@ def adapt(
     goal: Callable[[gym.Env, Any, dict], Obs] | Obs | None = None,
     success: Callable[[Obs, Obs, dict], bool] | None = None,
     unsafe: Callable[[Any, dict], Mapping[str, float]] | None = None,
+    stop_on_success: bool = True,
     goals: bool = True,
 ) -> Adapted:
     """Make an environment like ours.
@@ -88,10 +89,11 @@ def adapt(
     entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one
     (default: where random actions lead). success: of observation, goal and info (default: config.tolerance, else what its
-    info tells). unsafe: of its observation and info, events with their measured values. Without `goals`, goals are left
-    out: for collecting. Raises ValueError for spaces that do not fit.
+    info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
+    environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
+    collecting. Raises ValueError for spaces that do not fit.
     """
-    return Adapted(env, config, image_size, max_steps, proprio, goal, success, unsafe, goals)
+    return Adapted(env, config, image_size, max_steps, proprio, goal, success, unsafe, stop_on_success, goals)
 
 
 class Adapted(gym.Env):
@@ -100,10 +102,10 @@ class Adapted(gym.Env):
     metadata = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
-    def __init__(self, env, config, image_size, max_steps, proprio, goal, success, unsafe, goals) -> None:
+    def __init__(self, env, config, image_size, max_steps, proprio, goal, success, unsafe, stop_on_success, goals) -> None:
         self.env, self.config, self.image_size, self.max_steps = env, config, image_size, max_steps
         self._proprio_of, self._goal_of, self._success_of, self._unsafe_of = proprio, goal, success, unsafe
-        self._goals = goals
+        self._stops, self._goals = stop_on_success, goals
         space = env.action_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise ValueError(
@@ -149,11 +151,12 @@ class Adapted(gym.Env):
         action = np.asarray(action, float)
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise ValueError(f"action is {action}: expected {self.action_space.shape} finite numbers in [-1, 1]")
-        obs, reward, info, unsafe, over = self._repeat(action.clip(-1, 1))
+        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1))
         self._steps += 1
         seen = self._observe(obs)
         info = self._info(seen, info, unsafe)
-        return seen, reward, info["success"], over or self._steps >= self.max_steps, info
+        ends = terminated or self._stops and info["success"]
+        return seen, reward, bool(ends), truncated or self._steps >= self.max_steps, info
 
     def render(self) -> np.ndarray:
         """The picture uint8 [image_size, image_size, 3]."""
@@ -168,19 +171,19 @@ class Adapted(gym.Env):
         at = list(self.config.judged) or slice(None)
         return float(np.linalg.norm(seen["proprio"][at] - goal["proprio"][at]))
 
-    def _repeat(self, action: np.ndarray) -> tuple[Any, float, dict[str, Any], dict[str, float], bool]:
-        """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, whether it is over."""
+    def _repeat(self, action: np.ndarray) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
+        """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, terminated and truncated."""
         theirs = (self._low + (action + 1) / 2 * (self._high - self._low)).astype(self.env.action_space.dtype)
-        reward, success, unsafe, over = 0.0, False, {}, False
+        reward, success, unsafe = 0.0, False, {}
         for _ in range(self.config.frame_skip):
             obs, gain, terminated, truncated, info = self.env.step(theirs)
-            reward, over = reward + float(gain), bool(terminated or truncated)
+            reward += float(gain)
             success |= any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
             for event, value in (self._unsafe_of(obs, info) if self._unsafe_of else {}).items():
                 unsafe[event] = max(unsafe.get(event, -np.inf), float(value))
-            if over:
+            if terminated or truncated:
                 break
-        return obs, reward, {**info, "success": success}, unsafe, over
+        return obs, reward, {**info, "success": success}, unsafe, (bool(terminated), bool(truncated))
 
     def _draw_goal(self, seed: int) -> dict[str, np.ndarray]:
         """An observation that random actions lead to from the start of an episode, far enough from it."""
@@ -190,7 +193,7 @@ class Adapted(gym.Env):
             act = policy("play", self, np.random.default_rng((seed, 3, attempt)))
             for _ in range(self.config.goal_steps):
                 obs, *_, over = self._repeat(act({}))
-                if over:
+                if any(over):
                     break
             if self.distance(self._observe(obs, pixels=False), start) >= max(self.config.least, self.config.tolerance):
                 return self._observe(obs)

@@ -171,7 +171,7 @@ class Agent:
         self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
         self._retries = 0
         self._trail: list[float] = []  # observed energies to the sub-goal
-        self._pixels, self._still, self._holds = None, 0, 0
+        self._pixels, self._expected, self._still, self._holds = None, None, 0, 0
         self.last = None
 
     @torch.no_grad()
@@ -187,37 +187,47 @@ class Agent:
         checked = _checked(obs, "observation", self._shape)
         self._watch(np.asarray(checked["pixels"]))
         self._features.append(self.model.encode(checked))
+        if self.last is not None and self.last.answer == "hand over":  # until reset
+            self.last = replace(self.last, seconds=time.perf_counter() - start)
+            return self.fallback.copy()
         context = self._context()
         if self._finds and self._subgoal == 0:
             self._find_subgoals()
         observed = self._move_on(context)
-        if self._is_new() or not self.last.verdict.go or self._age >= min(self.config.replan, self.last.plan.actions.shape[1]):
+        decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
+        if decision is None:
             decision = self._next(context, observed)
-        else:
-            decision = replace(self.last, observed=observed)
-        action = decision.plan.actions[0, self._age].numpy(force=True) if decision.verdict.go else self.fallback
         self._holds = 0 if decision.verdict.go else self._holds + 1
+        action = decision.plan.actions[0, self._age].numpy(force=True)
         action = np.clip(action, -1, 1).astype(np.float32)
         self.last = replace(decision, action=action, seconds=time.perf_counter() - start)
         self._actions.append(torch.from_numpy(action.copy()))
+        self._expected = decision.imagined._replace(patches=decision.imagined.patches[:, self._age], proprio=None)
         self._age += 1
-        self._since += 1
-        self._ahead += 1
+        self._since += decision.verdict.go  # a hold uses nothing up
+        self._ahead += decision.verdict.go
         return action.copy()
 
+    def _kept(self, observed: float) -> Decision | None:
+        """The last decision, where a step of its plan is left and the gate lets it go on; else None."""
+        last, age = self.last, self._age
+        if age >= min(self.config.replan, last.plan.actions.shape[1]):
+            return None
+        rest = Features(last.imagined.patches[:, age:], None if last.imagined.proprio is None else last.imagined.proprio[:, age:])
+        verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen())
+        return replace(last, observed=observed, verdict=verdict) if verdict.go else None
+
     def _watch(self, pixels: np.ndarray) -> None:
-        """Notice a picture that stays the same to the bit although the last action was to move."""
-        same = self._pixels is not None and np.array_equal(pixels, self._pixels) and bool(np.abs(self.last.action).max() > 0.1)
-        self._still = self._still + 1 if same else 0
+        """Count pictures that stay the same to the bit although the robot is told to move; a hold tells nothing."""
+        if self._pixels is None or not np.array_equal(pixels, self._pixels):
+            self._still = 0
+        elif np.abs(self.last.action).max() > 0.1:
+            self._still += 1
         self._pixels = pixels.copy()
 
     def _seen(self) -> Seen:
         """What the gate may know besides the plan."""
-        expected = None
-        if self.last is not None and self.last.verdict.go:
-            futures, at = self.last.imagined, self._age - 1
-            expected = Features(futures.patches[:, at], None if futures.proprio is None else futures.proprio[:, at])
-        return Seen(self._features[-1], self._pursued[self._subgoal], self._pixels, expected, self._still)
+        return Seen(self._features[-1], self._pursued[self._subgoal], self._pixels, self._expected, self._still)
 
     def _find_subgoals(self) -> None:
         """Have sub-goals proposed on the way from the last frame to the goal."""
@@ -255,6 +265,8 @@ class Agent:
     def _move_on(self, context: Context) -> float:
         """Pass to the next sub-goal where it is its turn; the energy to the one that is pursued now."""
         observed, limit = self._observed(context), self.config.switch_energy
+        if self._holds:  # nothing has moved since
+            self._trail.pop()
         self._trail.append(observed)
         if self._subgoal == len(self._energies) - 1:
             return observed
@@ -304,22 +316,25 @@ class Agent:
 
     def _decide(self, context: Context, observed: float) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
-        config, generator, seen = self.config, self._generator, self._seen()
+        config, generator = self.config, self._generator
         horizon = max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
         cost = self._cost(context, horizon, config.risk_weight)
         plan = self.planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
-        decision = self._judged(plan, context, observed, seen, "plan")
+        decision = self._judged(plan, context, observed, "plan")
         if not decision.verdict.go and self.hazard is not None:
             cautious = self.planner.plan(self._cost(context, horizon, config.caution), torch.zeros_like(plan.actions), generator)
-            decision = self._judged(cautious, context, observed, seen, "cautious plan")
+            decision = self._judged(cautious, context, observed, "cautious plan")
         if not decision.verdict.go:
             half = decision.plan.actions / 2
-            decision = self._judged(replace(decision.plan, actions=half, cost=cost(half[:, None])[:, 0]), context, observed, seen, "smaller step")
-        if not decision.verdict.go:
-            decision = replace(decision, answer="hand over" if self._holds + 1 >= config.refusals else "hold")
+            decision = self._judged(replace(decision.plan, actions=half, cost=cost(half[:, None])[:, 0]), context, observed, "smaller step")
+        if not decision.verdict.go:  # what runs is the fallback, and what is expected is what follows from that
+            still = torch.from_numpy(self.fallback).expand_as(plan.actions)
+            held = replace(decision.plan, actions=still, cost=cost(still[:, None])[:, 0])
+            answer = "hand over" if self._holds + 1 >= config.refusals else "hold"
+            decision = replace(self._judged(held, context, observed, answer), verdict=decision.verdict)
         return decision
 
     def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:
@@ -328,14 +343,14 @@ class Agent:
             self.model, context, energy, horizon, self._generator, config.samples_z, config.chunk, self.hazard, risk_weight
         )
 
-    def _judged(self, plan: Plan, context: Context, observed: float, seen: Seen, answer: str) -> Decision:
+    def _judged(self, plan: Plan, context: Context, observed: float, answer: str) -> Decision:
         """A plan with the futures that are imagined of it, and the gate's verdict."""
         looks, energy = self.config.looks, self._energies[self._subgoal]
         z = self.model.sample_z((1, 1, looks, plan.actions.shape[1]), self._generator if looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         spread = float(futures.patches[:, -1].std(0, correction=0).mean())
-        verdict, mean = self.gate.judge(plan, futures, seen), float(energies.mean())
+        verdict, mean = self.gate.judge(plan, futures, self._seen()), float(energies.mean())
         return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0, answer)
 
     def _warm_start(self, horizon: int) -> Tensor:

@@ -2,10 +2,10 @@
 
 Four signals, each against its own limit; the verdict's score is the largest share of a limit, so its own limit is 1.
 
-    hazard     how likely the steps that would run are to go wrong, at most over the sampled futures
+    hazard     how likely the step that would run is to go wrong, at most over the sampled futures
     doubt      how far the sampled futures lie apart: what z leaves open
     surprise   how far the last picture was from the nearest future that had been imagined of it
-    novelty    how unlike the training data the last picture is, and the goal's: z says nothing of what was never seen
+    novelty    how unlike what the limits come from the last picture is, and the goal's: z says nothing of what was never seen
 
 Some things are refused whatever the limits are: numbers that are not finite, a picture that shows nothing, a camera that
 stands still while the robot moves, sampled futures that do not differ although they should.
@@ -29,8 +29,8 @@ WORDS = {
     "hazard": "the plan is likely to go wrong",
     "doubt": "the imagined futures lie far apart",
     "surprise": "the last step came out unlike anything that was imagined of it",
-    "novelty": "the picture is unlike what the model was trained on",
-    "goal_novelty": "the goal's picture is unlike what the model was trained on",
+    "novelty": "the picture is unlike any that the limits come from",
+    "goal_novelty": "the goal's picture is unlike any that the limits come from",
 }
 
 
@@ -53,14 +53,13 @@ class Limits:
 class SafetyGate:
     """Judges a plan by its imagined futures and by what has been seen.
 
-    `hazard` and `novelty` are functions of a model; without them their signals are 0. `steps` are those of a plan that run
-    before the next one is made. `sampled` says that futures should differ: the model has a z, and several were drawn.
+    `hazard` and `novelty` are functions of a model; without them their signals are 0. Of the plan, the first step is judged:
+    the agent asks again before each. `sampled` says that futures should differ: the model has a z, and several were drawn.
     """
 
     limits: Limits
     hazard: Hazard | None = None
     novelty: Callable[[Tensor], Tensor] | None = None  # patches [..., P, D] -> [...]
-    steps: int = 1
     sampled: bool = True
 
     @torch.no_grad()
@@ -69,6 +68,8 @@ class SafetyGate:
         if why := self._broken(plan, imagined, seen):
             return Verdict(False, inf, 1.0, why)
         values = self.signals(plan, imagined, seen)
+        if strange := [name for name, value in values.items() if not isfinite(value)]:
+            return Verdict(False, inf, 1.0, f"{strange[0]} is not a finite number", values)
         limits = asdict(self.limits) | {"goal_novelty": self.limits.novelty}
         shares = {name: value / limits[name] for name, value in values.items()}
         worst = max(shares, key=shares.get)
@@ -78,7 +79,7 @@ class SafetyGate:
 
     def signals(self, plan: Plan, imagined: Features, seen: Seen) -> dict[str, float]:
         """The values that limits are for."""
-        run = slice(0, self.steps)
+        run = slice(0, 1)
         futures = Features(imagined.patches[None, None, :, run], None if imagined.proprio is None else imagined.proprio[None, None, :, run])
         novelty = self.novelty or (lambda patches: torch.zeros(()))
         values = {"hazard": 0.0, "doubt": spread(imagined.patches[:, run]), "surprise": 0.0,
@@ -111,26 +112,29 @@ def spread(patches: Tensor) -> float:
 def conformal_limit(scores: list[float], rate: float) -> float:
     """The limit that a fresh score passes with probability of at most `rate`; infinite where there are too few scores.
 
-    Split conformal prediction: the ceil((n + 1) (1 - rate))-th of n exchangeable scores (Vovk et al. 2005).
+    Split conformal prediction: the ceil((n + 1) (1 - rate))-th of n exchangeable scores (Vovk et al. 2005). Steps of one
+    episode are not exchangeable; give one score for each episode, its largest.
     """
     n = len(scores)
     rank = ceil((n + 1) * (1 - rate))
     return sorted(scores)[rank - 1] if 0 < rank <= n else inf
 
 
-def controlled_limit(scores: list[float], events: list[bool], risk: float) -> float:
-    """The largest limit for which at most `risk` of all fresh decisions are let go and go wrong; 0 where none is.
+def controlled_limit(scores: list[list[float]], events: list[list[bool]], risk: float) -> float:
+    """The largest limit for which at most `risk` of a fresh episode's decisions, in expectation, are let go and go wrong.
 
-    Conformal risk control (Angelopoulos et al., arXiv 2208.02814): the loss, let go and wrong, grows with the limit and is at
-    most 1, so (sum of losses + 1) / (n + 1) <= risk bounds its expectation on exchangeable decisions.
+    scores and events of the decisions of each of E episodes. Conformal risk control (Angelopoulos et al., arXiv 2208.02814):
+    an episode's loss, the share of its decisions that are let go and wrong, grows with the limit and is at most 1, so
+    (sum of losses + 1) / (E + 1) <= risk bounds its expectation, for exchangeable episodes. 0 where no limit does.
     """
-    n, wrong, limit = len(scores), 0, 0.0
-    ordered = sorted(zip(scores, events))
-    for i, (score, event) in enumerate(ordered):
-        wrong += event
-        last = i + 1 == n or ordered[i + 1][0] > score
-        if (wrong + 1) / (n + 1) > risk:
+    pairs = sorted((score, event / len(own)) for own, happened in zip(scores, events) for score, event in zip(own, happened))
+    total, limit = 1.0, 0.0
+    if total / (len(scores) + 1) > risk:
+        return limit
+    for i, (score, loss) in enumerate(pairs):
+        total += loss
+        if total / (len(scores) + 1) > risk:
             return limit
-        if last and isfinite(score):
+        if i + 1 == len(pairs) or pairs[i + 1][0] > score:
             limit = score
     return inf

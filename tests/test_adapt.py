@@ -161,3 +161,15 @@ def test_from_collect_to_bench(tmp_path, capsys):
     assert "knows nothing of test_adapt:Dot-v0" in capsys.readouterr().err
     assert call(*bench, "--policy", "random", "--env.id", "Gone-v0", "--out", tmp_path / "no") == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_episodes_end_where_they_should():
+    env = envs.adapt(Dot(tells=True), image_size=20, goal={"pixels": np.zeros((20, 20, 3), np.uint8)}, stop_on_success=False, max_steps=6)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(2))[2:4] for _ in range(6)]
+    assert ends == [(False, False)] * 5 + [(False, True)]
+
+
+def test_collect_refuses_who_cannot_act(tmp_path, capsys):
+    words = "collect", "--env.id", "test_adapt:Dot-v0", "--policy", "expert", "--out", str(tmp_path / "x")
+    assert cli.main(list(words)) == 2 and "not expert" in capsys.readouterr().err and not (tmp_path / "x").exists()

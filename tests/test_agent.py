@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from planners.agent import Agent, AgentConfig, imagine
+from planners.gate import Limits, SafetyGate
 from planners.interface import Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.energy import GoalEnergy
@@ -270,6 +271,38 @@ def test_a_closed_gate_yields_only_fallback_actions():
     back = go(agent_of(gate=Refusing(), fallback=np.array([0.5, 0.0])), Plane(), 2, picture((0.9, 0.9)))
     assert all(np.array_equal(d.action, [0.5, 0.0]) for d in back)
     assert [d.answer for d in go(agent_of(config=AgentConfig(refusals=3), gate=Refusing()), Plane(), 4, FAR)] == ["hold"] * 2 + ["hand over"] * 2
+
+
+def test_a_camera_that_stands_still_is_refused_to_the_end():
+    agent = agent_of(config=AgentConfig(refusals=3), gate=SafetyGate(Limits(), sampled=False))
+    agent.reset(FAR)
+    seen = picture((0.1, 0.1))
+    answers = []
+    for _ in range(8):
+        agent.act(seen)  # always the same picture
+        answers.append(agent.last.answer)
+    assert answers[:2] == ["plan"] * 2 and answers[2:] == ["hold"] * 2 + ["hand over"] * 4
+
+
+def test_every_step_of_a_plan_is_judged():
+    class Second:
+        """Refuses the second time."""
+
+        asked = 0
+
+        def judge(self, plan, imagined, seen):
+            self.asked += 1
+            return Verdict(self.asked != 2, float(self.asked == 2), 0.0, "second")
+
+    gate = Second()
+    decisions = go(agent_of(config=AgentConfig(horizon=4, replan=4), gate=gate), Plane(), 3, FAR)
+    assert decisions[1].plan is not decisions[0].plan and decisions[2].plan is decisions[1].plan and gate.asked == 4
+
+
+def test_a_hold_uses_up_no_budget():
+    agent = agent_of(config=AgentConfig(subgoal_steps=(2, 2), refusals=99), gate=Refusing())
+    decisions = go(agent, Plane(), 6, [picture((0.5, 0.5)), picture((0.9, 0.9))])
+    assert [d.subgoal for d in decisions] == [0] * 6
 
 
 def test_a_refused_plan_is_answered_with_a_safer_one():

@@ -43,6 +43,7 @@ def test_what_is_in_order_goes():
         ({"pixels": np.zeros((8, 8, 3), np.uint8)}, "shows nothing"),
         ({"still": 2}, "stands still: the last 3 pictures"),
         ({"imagined": futures(apart=0.0)}, "z has no effect"),
+        ({"gate": SafetyGate(Limits(novelty=1.0), novelty=lambda patches: torch.tensor(math.nan))}, "novelty is not a finite number"),
     ],
 )
 def test_it_cannot_be_talked_past(change, why):
@@ -62,9 +63,10 @@ def test_each_signal_has_its_own_limit_and_is_named():
     assert (values["novelty"], values["goal_novelty"]) == (2.0, 6.0)
     assert values["doubt"] == pytest.approx(spread(futures(k=2).patches[:, :1]))
     for name, limit, word in (("hazard", 0.39, "go wrong"), ("surprise", 0.29, "unlike anything"), ("doubt", 0.01, "far apart"),
-                              ("novelty", 5.0, "the goal's picture"), ("novelty", 1.9, "unlike what")):  # fmt: skip
+                              ("novelty", 5.0, "the goal's picture")):  # fmt: skip
         verdict = judged(SafetyGate(Limits(**{name: limit}), hazard, novelty), futures(k=2), goal=Features(3 * torch.ones(3, 5)), expected=expected)
         assert not verdict.go and word in verdict.why and verdict.score > 1
+    assert "the picture is unlike" in judged(SafetyGate(Limits(novelty=1.9), novelty=novelty)).why
     assert judged(SafetyGate(Limits(hazard=0.41, surprise=0.31, doubt=1.0, novelty=6.1), hazard, novelty), futures(k=2), expected=expected).go
     with pytest.raises(ValueError, match="the limit of doubt is 0"):
         Limits(doubt=0.0)
@@ -81,25 +83,38 @@ def test_conformal_limits_hold_on_fresh_scores():
     assert conformal_limit([3.0, 1.0, 2.0], 0.5) == 2.0
 
 
+def episode(rng, count: int, length: int = 20):
+    """Episodes whose decisions are alike: scores [count, length], and events, the likelier the higher the score."""
+    scores = (rng.uniform(size=(count, 1)) + 0.2 * rng.uniform(size=(count, length))).clip(0, 1)
+    return scores, rng.uniform(size=(count, length)) < scores
+
+
 @pytest.mark.parametrize("risk", [0.05, 0.2])
 def test_controlled_limits_keep_the_risk_on_fresh_decisions(risk):
     rng, realised, going = np.random.default_rng(0), [], []
     for _ in range(200):
-        scores = rng.uniform(size=200)
-        events = rng.uniform(size=200) < scores  # the higher the score, the likelier
-        limit = controlled_limit(list(scores), list(events), risk)
-        fresh = rng.uniform(size=1000)
-        wrong = (rng.uniform(size=1000) < fresh) & (fresh <= limit)
-        realised.append(wrong.mean())
+        scores, events = episode(rng, 100)
+        limit = controlled_limit(scores.tolist(), events.tolist(), risk)
+        fresh, happened = episode(rng, 200)
+        realised.append((happened & (fresh <= limit)).mean())
         going.append((fresh <= limit).mean())
-    assert risk - 0.02 < np.mean(realised) <= risk + 0.002
-    assert np.mean(going) > 0.2
-    assert controlled_limit([0.1, 0.2], [True, True], 0.05) == 0.0
-    assert controlled_limit([0.1] * 100, [False] * 100, 0.05) == math.inf
+    assert risk - 0.03 < np.mean(realised) <= risk + 0.002
+    assert np.mean(going) > 0.1
+    assert controlled_limit([[0.1], [0.2]], [[True], [True]], 0.05) == 0.0
+    assert controlled_limit([[0.1, 0.2]] * 100, [[False, False]] * 100, 0.05) == math.inf
+    half = [[0.1, 0.9]] * 99
+    assert controlled_limit(half, [[False, True]] * 99, 0.05) == 0.1
 
 
 def call(*args) -> int:
     return cli.main([str(arg) for arg in args])
+
+
+def without_hazard(path, folder):
+    known = model.load(path)
+    known.hazard = None
+    known.save(folder / "plain.safetensors")
+    return folder / "plain.safetensors"
 
 
 def test_from_calibrate_to_bench(tmp_path, capsys):
@@ -113,7 +128,7 @@ def test_from_calibrate_to_bench(tmp_path, capsys):
     assert "AUROC" in capsys.readouterr().out
     assert call("calibrate", "--preset", "debug", "--model", trained, "--out", file) == 2
     bench = "bench", "--preset", "debug", "--model", trained
-    same = "--samples", 8, "--iterations", 3, "--elites", 8, "--max-steps", 3
+    same = "--samples", 8, "--iterations", 3, "--elites", 2, "--max-steps", 3
     assert call(*bench, *same, "--gate", "on", "--calibration", file, "--out", tmp_path / "on") == 0
     assert "refused" in capsys.readouterr().out
     assert call(*bench, *same, "--gate", "random", "--abstain", 1, "--out", tmp_path / "random", "--json") == 0
@@ -121,6 +136,10 @@ def test_from_calibrate_to_bench(tmp_path, capsys):
     assert told["abstention_rate"] == told["refusal_rate"] == 1.0
     assert call(*bench, *same, "--gate", "on", "--out", tmp_path / "no") == 2
     assert call(*bench, *same, "--gate", "on", "--calibration", trained, "--out", tmp_path / "no") == 2
-    assert call(*bench, *same, "--gate", "on", "--calibration", file, "--task", "reach", "--out", tmp_path / "no") == 2
-    assert "was calibrated for task pick-place instead of reach" in capsys.readouterr().err
+    assert call(*bench, *same, "--abstain", 0.5, "--out", tmp_path / "no") == 2
+    for flag, value in (("--task", "reach"), ("--samples-z", 3), ("--policy", "simulator")):
+        assert call(*bench, *same, "--gate", "on", "--calibration", file, flag, value, "--out", tmp_path / "no") == 2
+        assert "was calibrated for" in capsys.readouterr().err
+    assert call("calibrate", "--preset", "debug", "--model", without_hazard(trained, tmp_path), "--out", tmp_path / "c") == 2
+    assert "no hazard head" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -359,3 +359,31 @@ def test_an_encoder_pretrained_in_v_jepa_2s_layout_exports(tmp_path):
         x = ((pixels / 255 - 0.5) / 0.25).permute(0, 1, 4, 2, 3)
         found = network(x, skip_predictor=True).last_hidden_state
         assert apart(found, encoder(patchify(pixels, encoder.config))) < 1e-5
+
+
+def test_damaged_files_are_named(tmp_path, folder):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        worldmodel.load_encoder(broken)
+    (broken / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="preprocessor_config.json"):
+        worldmodel.load_encoder(broken)
+    for state in ({"encoder": torch.zeros(3)}, {"encoder": {}, "predictor": None}):
+        torch.save(state, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="expected tensors by their names"):
+            worldmodel.load_encoder(tmp_path / "odd.pt")
+    assert call("convert", "--source", tmp_path / "none.safetensors", "--out", tmp_path / "x") == 2
+
+
+def test_an_encoder_of_ours_works_in_half_precision(tmp_path):
+    with torch.random.fork_rng():
+        made = VideoEncoder(EncoderConfig(24, embed_dim=24, depth=1, num_heads=2, stem=16))
+    hub.save_encoder(tmp_path / "e.safetensors", made, {})
+    half, pixels = worldmodel.load_encoder(tmp_path / "e.safetensors", dtype=torch.bfloat16), clip(1, 24)[0]
+    assert (half.encode(pixels) - made.encode(pixels)).abs().mean() < 0.05
+    with pytest.raises(ValueError, match="leave out dtype"):
+        hub.load_any(model.shipped(), torch.bfloat16)

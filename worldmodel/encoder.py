@@ -257,7 +257,7 @@ class VideoEncoder(nn.Module):
         by = rotation(where, head_dim, self.config.rope_base, self.config.rope_tiled)
         x = self.patch_embed(normalised(patches, self.config).to(self.patch_embed.proj.weight.dtype))
         if self.config.absolute:
-            x = x + sinusoids(where, x.shape[-1])
+            x = x + sinusoids(where, x.shape[-1]).to(x.dtype)
         for block in self.blocks:
             x = block(x, by)
         return self.norm(x)

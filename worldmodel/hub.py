@@ -8,12 +8,13 @@ has what is done to pictures, or a `LatentModel`.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,7 +105,9 @@ def load_any(source: str | Path, dtype: torch.dtype | None = None, heads: int | 
         return load_ac(path, dtype, heads=heads) if predicts else load_encoder(path, None, dtype, heads)
     if path.is_file() and path.suffix == ".safetensors" and load_tensors(path, "encoder", "model")[1].get("predictor"):
         made = model.load(path)
-        return made if dtype is None else made.to(dtype)
+        if dtype not in (None, next(made.predictor.parameters()).dtype):
+            raise ValueError(f"{path} is a whole model, which keeps the precision it was made with; leave out dtype")
+        return made
     return load_encoder(source, None, dtype, heads)
 
 
@@ -130,9 +133,8 @@ def export(encoder: VideoEncoder, folder: str | Path) -> Path:
     wrong = [f"{name} is {getattr(config, name)}, not {value}" for name, value in fixed.items() if getattr(config, name) != value]
     if wrong:
         raise ValueError(f"VJEPA2Model cannot hold this encoder: {'; '.join(wrong)}; pretrain one with --vjepa2-layout")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; give a new folder")
     tensors = {f"encoder.{name}": value.contiguous() for name, value in _to_hf(encoder.state_dict())}
     about = {
         "architectures": ["VJEPA2Model"], "model_type": "vjepa2", "crop_size": config.image_size, "patch_size": config.patch_size,
@@ -146,9 +148,14 @@ def export(encoder: VideoEncoder, folder: str | Path) -> Path:
         "crop_size": {"height": config.image_size, "width": config.image_size}, "do_normalize": True, "resample": 2,
         "image_mean": list(config.mean), "image_std": list(config.std),
     }  # fmt: skip
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+        made = Path(part, folder.name)
+        made.mkdir()
+        save_file(tensors, made / "model.safetensors", {"format": "pt"})
+        (made / "video_preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
+        (made / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        made.rename(folder)  # whole or absent
     return folder
 
 
@@ -168,10 +175,7 @@ def _from_ours(path: Path, dtype: torch.dtype | None) -> Encoder:
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> VideoEncoder:
     """Of a folder as transformers writes it."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} has no readable config.json ({error}); expected a folder of a VJEPA2Model") from None
+    config = _json(folder / "config.json")
     if config.get("model_type") != "vjepa2":
         raise ValueError(f"{folder} holds a {config.get('model_type')!r}, expected 'vjepa2'")
     crop, pictures, width = config.get("crop_size", 256), _pictures(folder), config.get("hidden_size", 1024)
@@ -186,19 +190,34 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> VideoEncoder:
         raise FileNotFoundError(f"no model.safetensors in {folder}; download the repository's safetensors, not its pickles")
     tensors = {}
     for file in files:
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
-                if not name.startswith(("predictor.", "pooler.", "classifier.")):
-                    tensors[name.removeprefix("vjepa2.")] = stored.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():
+                    if not name.startswith(("predictor.", "pooler.", "classifier.")):
+                        tensors[name.removeprefix("vjepa2.")] = stored.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
     return _filled(lambda: VideoEncoder(sizes), dict(_from_hf(tensors, sizes.depth)), folder, dtype)
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path} ({error}); expected a folder of a VJEPA2Model") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, expected keys and values")
+    return found
 
 
 def _pictures(folder: Path) -> dict:
     """What a folder says is done to pictures, as fields of an EncoderConfig."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            told = json.loads((folder / name).read_text())
-            resize = told.get("size", {}).get("shortest_edge", 0) if told.get("do_resize", True) else 0
+            told = _json(folder / name)
+            size = told.get("size", 0)
+            resize = size.get("shortest_edge", 0) if isinstance(size, dict) else int(size)
+            resize = resize if told.get("do_resize", True) else 0
             named = {"mean": told.get("image_mean"), "std": told.get("image_std"), "resize": resize}
             return {key: value for key, value in named.items() if value is not None}
     return {}
@@ -250,6 +269,10 @@ def _checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is not a whole PyTorch checkpoint of tensors ({type(error).__name__}); download it again") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary with 'encoder'")
+    for name in (*_WEIGHTS, "predictor"):
+        inside = state.get(name, {})
+        if not isinstance(inside, dict) or not all(isinstance(value, Tensor) for value in inside.values()):
+            raise ValueError(f"{path}: {name} is a {type(inside).__name__}, expected tensors by their names")
     return state
 
 
@@ -315,7 +338,7 @@ def _downloaded(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"no folder {repository}; to download it, pip install 'worldmodel[hub]'") from None
+        raise ValueError(f"no folder {repository}; to download it, pip install '.[hub]' in this project's folder") from None
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of the network, or of the name

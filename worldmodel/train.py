@@ -73,7 +73,7 @@ def identify(encoder: Encoder) -> str:
     """Hash of an encoder's config and weights."""
     digest = hashlib.sha256(repr(encoder.config).encode())
     for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -125,7 +125,7 @@ class Config:
     calibration: Path | None = None
     """calibration.safetensors of `worldmodel calibrate`, for this task, model and planner"""
     abstain: float = 0.0
-    """how often --gate random refuses a plan (0 to 1)"""
+    """share of the decisions that --gate random holds (0 to 1)"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; its only goal is final, and planner, random or nothing act there"""
 
@@ -137,8 +137,10 @@ class Config:
         for name in ("seed", "video", "samples_z", "proprio_weight", "risk_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        if (self.gate == "on") != (self.calibration is not None) or not 0 <= self.abstain <= 1:
-            raise ValueError("--gate on needs --calibration, which nothing else takes; --abstain is 0 to 1")
+        if (self.gate == "on") != (self.calibration is not None):
+            raise ValueError("--gate on needs --calibration, which nothing else takes")
+        if (self.gate == "random") != (self.abstain > 0) or not 0 <= self.abstain <= 1:
+            raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.env.id and self.policy not in FOREIGN:
@@ -337,7 +339,7 @@ def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
         return
     with workers.pool(min(config.workers, len(seeds)), config.threads, _prepare, config) as pool:
         for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
-            yield future.result()
+            yield workers.result(future)
 
 
 def _prepare(config: Config) -> None:

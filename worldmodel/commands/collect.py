@@ -75,6 +75,8 @@ class Config:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", "play")
+        if self.env.id and self.policy not in ("play", "random", "nothing"):
+            raise ValueError(f"in {self.env.id} play, random and nothing can act, not {self.policy}")
 
 
 def run(config: Config) -> dict:
@@ -91,7 +93,7 @@ def run(config: Config) -> dict:
             size = max(1, min(BATCH, len(missing) // count))
             batches = [missing[i : i + size] for i in range(0, len(missing), size)]
             for future in as_completed([pool.submit(_collect, config, folder, batch) for batch in batches]):
-                lengths = future.result()
+                lengths = workers.result(future)
                 steps += sum(lengths)
                 bar.set_postfix_str(f"{steps / (time.perf_counter() - start):.0f} steps/s", refresh=False)
                 bar.update(len(lengths))
@@ -251,7 +253,7 @@ def _foreign(config: Config):
     """The environment of others of this process; it knows no goals."""
     from envs.foreign import make
 
-    return make(config.env, config.image_size, config.max_steps, goals=False)
+    return make(config.env, config.image_size, config.max_steps, config.stop_on_success, goals=False)
 
 
 def _summary(config: Config, collected: int, steps: int, seconds: float) -> dict:

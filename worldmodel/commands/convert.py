@@ -33,6 +33,7 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel import hub
+    from worldmodel.encoder import VideoEncoder
     from worldmodel.model import LatentModel
 
     if config.out.exists():
@@ -40,6 +41,8 @@ def run(config: Config) -> dict:
     dtype = None if config.dtype == "stored" else getattr(torch, config.dtype)
     made = hub.load_any(config.source, dtype, config.heads)
     encoder = made.encoder if isinstance(made, LatentModel) else made
+    if not isinstance(encoder, VideoEncoder):
+        raise ValueError(f"{config.source} is no video encoder of this project's kind; there is nothing to convert")
     if config.to == "transformers":
         hub.export(encoder, config.out)
         made = encoder

@@ -45,7 +45,7 @@ class Config:
     seed: int = 0
     """of the planner's noise"""
     bfloat16: bool = False
-    """hold the weights in half precision"""
+    """hold the weights in half precision: of V-JEPA 2-AC's checkpoint, or of random ones"""
     threads: int = 2
     """processor threads"""
 
@@ -104,6 +104,8 @@ def run(config: Config) -> dict:
     meta = isinstance(world.predictor, ACPredictor)
     scale = metres(world)
     wanted = change(*torch.from_numpy(states[config.step : config.step + 2])).numpy()
+    if config.out.exists() and any(config.out.iterdir()):
+        raise FileExistsError(f"{config.out} is not empty; choose another --out")
     with workers.owned(config.out, "energy") as folder:
         start = time.perf_counter()
         pair = seen(world, pixels[config.step : config.step + 2], states[config.step : config.step + 2] if meta else None)

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.density import Density
 from worldmodel.energy import EnergyConfig, GoalEnergy
-from worldmodel.interface import Features, Hazard
 from worldmodel.hub import load_encoder
+from worldmodel.interface import Features
 
 SCRIPTED = ("expert", "random", "nothing")
-JUDGED = ("task", "object", "goal", "randomization", "planner", "samples", "iterations", "elites", "horizon", "replan", "std",
-           "margin", "gripper", "energy", "distance", "proprio_weight", "risk_weight", "cameras", "model_sha256")  # fmt: skip  # what a calibration belongs to
+NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "risk", "alarm")  # what
+# a calibration does not depend on
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -86,7 +87,7 @@ class Player:
     def _planned(self, seed: int, steps: list) -> run.Act:
         agent, goals_of = self._agent, goals(self.config)
         if self.config.gate == "random":  # whoever plays the episode
-            agent.gate = RandomGate(self.config.abstain, np.random.default_rng((seed, 2)))
+            agent.gate = RandomGate(self.config.abstain, seed)
 
         def act(obs, info):
             if not steps:
@@ -126,27 +127,33 @@ class Player:
         if config.risk_weight and hazard is None:
             raise ValueError(f"{config.model} has no hazard head, which --risk-weight needs; `worldmodel train` makes one")
         hazard = None if hazard is None else hazard.imagined
-        gate = self._make_gate(hazard)
+        gate = self._make_gate()
         return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
 
-    def _make_gate(self, hazard: Hazard | None) -> Gate:
+    def _make_gate(self) -> Gate:
         config = self.config
         if config.gate != "on":
             return OpenGate()
         limits, density = limits_of(config.calibration, config)
-        return SafetyGate(limits, hazard, density, config.replan, self._model.latent_dim > 0 and config.policy == "planner")
+        return self.gate_of(limits, density)
+
+    def gate_of(self, limits: Limits, density: Density | None = None) -> SafetyGate:
+        """The safety gate of this player's model."""
+        hazard = getattr(self._model, "hazard", None)
+        sampled = self.config.policy == "planner" and self._model.latent_dim > 0
+        return SafetyGate(limits, None if hazard is None else hazard.imagined, density, sampled)
 
 
 @dataclass(frozen=True)
 class RandomGate:
-    """Refuses by chance, as often as it is told."""
+    """Refuses by chance, as often as it is told: whatever is planned for the same picture, or nothing."""
 
     rate: float
-    rng: np.random.Generator
+    seed: int
 
     def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
         """Go, or not."""
-        drawn = float(self.rng.random())
+        drawn = float(np.random.default_rng((self.seed, zlib.crc32(seen.pixels.tobytes()))).random())
         return Verdict(drawn >= self.rate, self.rate - drawn, 0.0, "by chance")
 
 
@@ -228,7 +235,7 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
 
 def calibrated_for(config) -> dict[str, Any]:
     """What a calibration is of: task, model and planner of a benchmark's config, as JSON gives it back."""
-    fields = {name: getattr(config, name) for name in JUDGED if name != "model_sha256"}
+    fields = {name: value for name, value in asdict(config).items() if name not in (*NOT_JUDGED, "model")}
     fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16]
     return json.loads(json.dumps(fields))
 
@@ -237,9 +244,9 @@ def limits_of(path: Path, config) -> tuple[Limits, Density]:
     """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's."""
     tensors, found, _ = load_tensors(path, "calibration")
     here = calibrated_for(config)
-    others = [f"{name} {found['of'].get(name)} instead of {here[name]}" for name in JUDGED if found["of"].get(name) != here[name]]
+    others = [f"{name} {found['of'].get(name)} instead of {here[name]}" for name in here if found["of"].get(name) != here[name]]
     if others:
-        raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate for this with `worldmodel calibrate`")
+        raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate with the same flags: `worldmodel calibrate`")
     limits = {name: math.inf if value is None else value for name, value in found["limits"].items()}
     return Limits(**limits), Density(tensors["mean"], tensors["std"])
 

@@ -9,7 +9,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 
@@ -68,3 +68,11 @@ def _end_with_parent() -> None:
     """Have this process end at once when its parent does, even one that is killed."""
     sentinel = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def result(future: Future):
+    """What a worker returned; its bad input is raised as if it had been noticed here."""
+    try:
+        return future.result()
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error)) from error
