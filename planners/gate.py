@@ -74,7 +74,9 @@ class SafetyGate:
         shares = {name: value / limits[name] for name, value in values.items()}
         worst = max(shares, key=shares.get)
         go = shares[worst] <= 1
-        why = "within all limits" if go else f"{WORDS[worst]}: {worst} {values[worst]:.3g} over {limits[worst]:.3g}"
+        blind = self.hazard is None and not self.sampled
+        passed = "within the limits of surprise and novelty, all there is without samples of z" if blind else "within all limits"
+        why = passed if go else f"{WORDS[worst]}: {worst} {values[worst]:.3g} over {limits[worst]:.3g}"
         return Verdict(go, shares[worst], 1.0, why, values)
 
     def signals(self, plan: Plan, imagined: Features, seen: Seen) -> dict[str, float]:

@@ -29,7 +29,8 @@ def judged(gate: SafetyGate = SafetyGate(Limits()), imagined: Features | None = 
 
 def test_what_is_in_order_goes():
     verdict = judged()
-    assert verdict.go and verdict.score == 0 and "within" in verdict.why
+    assert verdict.go and verdict.score == 0 and "within all limits" in verdict.why
+    assert "surprise and novelty" in judged(SafetyGate(Limits(), sampled=False), futures(apart=0.0)).why  # a deterministic model
 
 
 @pytest.mark.parametrize(

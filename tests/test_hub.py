@@ -339,6 +339,12 @@ def test_energy_of_a_recorded_action(tmp_path, ac, capsys):
     hub.load_ac(ac, config=SIZES, heads=2).save(tmp_path / "ac.safetensors")
     words = "energy", "--trajectory", path, "--model", tmp_path / "ac.safetensors", "--grid", 3
     assert call(*words, "--step", 1, "--out", tmp_path / "meta") == 0
+    capsys.readouterr()
+    for given in ((), ("--model", tmp_path / "ac.safetensors")):
+        out = tmp_path / f"offline{len(given)}"
+        assert call("bench", "--trajectory", path, *given, "--samples", 4, "--iterations", 1, "--out", out) == 0
+        assert "2 recorded steps" in capsys.readouterr().out and (out / "results.json").exists()
+    assert call("bench", "--trajectory", path, "--policy", "expert", "--out", tmp_path / "no") == 2
     assert call(*words, "--step", 2, "--out", tmp_path / "late") == 2
     assert "expected at most 1" in capsys.readouterr().err
     assert call("energy", "--trajectory", tmp_path / "none.npz", "--out", tmp_path / "no") == 2

@@ -120,6 +120,9 @@ class Config:
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.12
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    trajectory: Path | None = None
+    """a recorded robot trajectory (.npz, as `worldmodel energy` takes it) instead of episodes: every step is planned from its
+    picture to the next, one step ahead, and compared with what was recorded"""
     gate: Literal["off", "on", "random"] = "off"
     """whether plans are judged before they run, by what --calibration says; random: refuses by chance, to compare with"""
     calibration: Path | None = None
@@ -153,6 +156,8 @@ def run(config: Config) -> dict:
     """Play what is missing, and return the config and the summary."""
     from worldmodel.commands.policies import Player
 
+    if config.trajectory is not None:
+        return _offline(config)
     config = resolved(config)
     player = Player(config)
     player.begin(config.seed)  # notices what is wrong before anything is written
@@ -175,8 +180,45 @@ def run(config: Config) -> dict:
     return result["summary"]
 
 
+def _offline(config: Config) -> dict:
+    """Plan the steps of a recording, and return how far from the recorded actions that was."""
+    import torch
+
+    from planners.sampling import VJEPA2_AC, SamplingConfig, SamplingPlanner
+    from worldmodel import hub, model
+    from worldmodel.commands import energy
+
+    torch.set_num_threads(config.threads)
+    world = hub.load_any(config.model or model.shipped())
+    if config.policy != "planner" or not hasattr(world, "rollout"):
+        raise ValueError("a recording is planned by a world model: give its file as --model, and leave --policy")
+    pixels, states = energy.recorded(config.trajectory)
+    samples, iterations, elites, _ = BUDGETS["planner"]
+    budget = {"samples": config.samples or samples, "iterations": config.iterations or iterations}
+    budget["elites"] = config.elites or min(elites, budget["samples"])
+    meta = world.latent_dim == 0
+    planner = SamplingPlanner(dataclasses.replace(VJEPA2_AC if meta else SamplingConfig(gripper="gaussian"), **budget))
+    if config.out.exists() and any(config.out.iterdir()):
+        raise FileExistsError(f"{config.out} is not empty; choose another --out")
+    steps = energy.offline(world, pixels, states, planner, config.seed)
+    errors, still = ([step[key] for step in steps] for key in ("error_mm", "no_motion_error_mm"))
+    summary = {
+        "trajectory": str(config.trajectory), "steps": len(steps), "error_mm": float(np.median(errors)),
+        "no_motion_error_mm": float(np.median(still)), "seconds": float(np.median([step["seconds"] for step in steps])),
+        "out": str(config.out),
+    }  # fmt: skip
+    with workers.owned(config.out, "bench") as folder, data.replacing(folder / "results.json") as file:
+        file.write(json.dumps({"config": {**budget, "seed": config.seed}, "steps": steps, "summary": summary}, indent=1).encode())
+    return summary
+
+
 def report(result: dict) -> str:
     """The same for people."""
+    if "trajectory" in result:
+        return (
+            f"{result['steps']} recorded steps of {result['trajectory']}: planned translations are {result['error_mm']:.0f} mm from the "
+            f"recorded ones (median; no motion: {result['no_motion_error_mm']:.0f}), {result['seconds']:.2f} s each; {result['out']}/results.json"
+        )
     low, high = result["success_ci95"]
     seconds = result["decision_seconds"]
     rows = {
@@ -276,6 +318,7 @@ def _identity(config: Config) -> dict:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
     if not config.env.id:
         del fields["env"]
+    del fields["trajectory"]
     told = config.policy in TOLD
     fields["model"] = str(config.model) if told else None
     fields["model_sha256"] = _sha256(config.model) if told else None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 PLANES = ("xy", "xz", "yz")
 
@@ -85,14 +86,11 @@ def run(config: Config) -> dict:
     """Measure the energies, draw them, and say where they are lowest."""
     import torch
 
-    from planners.agent import imagine
     from planners.sampling import VJEPA2_AC, SamplingPlanner
     from worldmodel import hub
     from worldmodel.commands import workers
-    from worldmodel.energy import EnergyConfig, GoalEnergy
-    from worldmodel.interface import Context, Features
     from worldmodel.model import shipped
-    from worldmodel.vjepa2_ac import ACPredictor, change
+    from worldmodel.vjepa2_ac import change
 
     torch.set_num_threads(config.threads)
     pixels, states = recorded(config.trajectory)
@@ -101,18 +99,14 @@ def run(config: Config) -> dict:
     world = hub.load_any(config.model or shipped(), torch.bfloat16 if config.bfloat16 else None)
     if not hasattr(world, "rollout"):
         raise ValueError(f"{config.model} is an encoder, expected a model")
-    meta = isinstance(world.predictor, ACPredictor)
     scale = metres(world)
     wanted = change(*torch.from_numpy(states[config.step : config.step + 2])).numpy()
     if config.out.exists() and any(config.out.iterdir()):
         raise FileExistsError(f"{config.out} is not empty; choose another --out")
     with workers.owned(config.out, "energy") as folder:
         start = time.perf_counter()
-        pair = seen(world, pixels[config.step : config.step + 2], states[config.step : config.step + 2] if meta else None)
+        cost = cost_of(world, pixels, states, config.step, config.chunk)
         encoded = time.perf_counter() - start
-        context = Context(Features(*(x[None, :1] for x in pair)), torch.zeros(1, 0, world.action_dim))
-        energy = GoalEnergy(Features(pair.patches[1]), EnergyConfig(horizon="last", proprio_weight=0.0))
-        cost = imagine(world, context, energy, 1, torch.Generator().manual_seed(config.seed), 0, config.chunk)
         along = [np.linspace(-1, 1, config.grid) * min(config.radius, unit) for unit in scale]  # m
         moves = np.stack(np.meshgrid(*along, indexing="ij"), -1)  # [G, G, G, 3]
         actions = torch.zeros(1, config.grid**3, 1, world.action_dim)
@@ -142,6 +136,43 @@ def run(config: Config) -> dict:
             }  # fmt: skip
         result["figure"] = str(draw(folder, pixels[config.step : config.step + 2], along, energies, wanted[:3], lowest, result))
     return result
+
+
+def cost_of(world, pixels: np.ndarray, states: np.ndarray, step: int, chunk: int):
+    """The cost of actions [1, N, 1, A]: how far what is imagined of recorded step `step` is from the picture after it."""
+    import torch
+
+    from planners.agent import imagine
+    from worldmodel.energy import EnergyConfig, GoalEnergy
+    from worldmodel.interface import Context, Features
+    from worldmodel.vjepa2_ac import ACPredictor
+
+    around = slice(step, step + 2)
+    pair = seen(world, pixels[around], states[around] if isinstance(world.predictor, ACPredictor) else None)
+    context = Context(Features(*(x[None, :1] for x in pair)), torch.zeros(1, 0, world.action_dim))
+    energy = GoalEnergy(Features(pair.patches[1]), EnergyConfig(horizon="last", proprio_weight=0.0))
+    return imagine(world, context, energy, 1, None, 0, chunk)
+
+
+def offline(world, pixels: np.ndarray, states: np.ndarray, planner, seed: int, chunk: int = 16) -> list[dict]:
+    """Plan every step of a recording from its picture to the next one: translations, and their distance from the recorded."""
+    import torch
+
+    from worldmodel.vjepa2_ac import change
+
+    scale, rows = metres(world), []
+    for step in tqdm(range(len(pixels) - 1), desc="recorded steps", unit="step", delay=2):
+        wanted = change(*torch.from_numpy(states[step : step + 2])).numpy()
+        start = time.perf_counter()
+        cost = cost_of(world, pixels, states, step, chunk)
+        plan = planner.plan(cost, torch.zeros(1, 1, world.action_dim), torch.Generator().manual_seed(seed + step))
+        move = plan.actions[0, 0, :3].numpy() * scale
+        rows.append({
+            "step": step, "recorded_mm": (1e3 * wanted[:3]).round(1).tolist(), "planned_mm": (1e3 * move).round(1).tolist(),
+            "error_mm": round(off(move, wanted), 1), "no_motion_error_mm": round(off(np.zeros(3), wanted), 1),
+            "seconds": round(time.perf_counter() - start, 3),
+        })  # fmt: skip
+    return rows
 
 
 def metres(world) -> np.ndarray:

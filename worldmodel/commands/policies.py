@@ -36,7 +36,7 @@ from worldmodel.hub import load_encoder
 from worldmodel.interface import Features
 
 SCRIPTED = ("expert", "random", "nothing")
-NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "risk", "alarm")  # what
+NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory")  # what
 # a calibration does not depend on
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
