@@ -298,3 +298,23 @@ def test_what_is_out_of_view_is_not_drawn_and_changes_no_pixel(monkeypatch):
                 assert np.array_equal(env.scene.render(), seen)
     assert left_out > 24
     env.close()
+
+
+def test_shadows_darken_the_table_and_follow_what_casts_them():
+    env = envs.make(envs.EnvConfig())
+    env.reset(seed=0)
+    scene, places = env.scene, []
+    for height in (0.0, 0.1):
+        scene.place(scene.joints, scene.opening, np.array([0.5, 0.1, scene.spec.half_height + height]), np.array([1.0, 0, 0, 0]))
+        shaded = scene.render().astype(int)
+        casters, scene._renderer._casters = scene._renderer._casters, []
+        plain = scene.render().astype(int)
+        scene._renderer._casters = [i for i in casters if i in scene._things]
+        change = scene.render().astype(int) - plain
+        scene._renderer._casters = casters
+        assert (shaded - plain).max() <= 0 and 0.005 < ((shaded - plain).min(-1) < -20).mean() < 0.1
+        rows, columns = (change.min(-1) < -20).nonzero()
+        places.append((rows.mean(), columns.mean()))
+    off = np.subtract(places[1], places[0])
+    assert np.hypot(*off) > 3  # pixels
+    env.close()
