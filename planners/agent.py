@@ -46,7 +46,7 @@ class AgentConfig:
     refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "risk_weight": 0, "looks": 1, "chunk": 1, "retries": 0}
+        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "risk_weight": 0, "looks": 1, "chunk": 1, "retries": 0, "caution": 0, "refusals": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign
         if have != want:
             raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}")
     module.load_state_dict(tensors, assign=assign)
+
+
+def sha256_of(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256: which weights, or limits, a result is of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

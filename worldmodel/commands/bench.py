@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -319,15 +318,13 @@ def _identity(config: Config) -> dict:
     if not config.env.id:
         del fields["env"]
     del fields["trajectory"]
+    from worldmodel.checkpoint import sha256_of
+
     told = config.policy in TOLD
     fields["model"] = str(config.model) if told else None
-    fields["model_sha256"] = _sha256(config.model) if told else None
-    fields["calibration"] = config.calibration and _sha256(config.calibration)
+    fields["model_sha256"] = sha256_of(config.model) if told else None
+    fields["calibration"] = config.calibration and sha256_of(config.calibration)
     return json.loads(json.dumps(fields))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @dataclass

@@ -126,9 +126,8 @@ def run(config: Config) -> dict:
             elites = min(VJEPA2_AC.elites, config.samples)
             budget = replace(VJEPA2_AC, samples=config.samples, iterations=config.iterations, elites=elites)
             start = time.perf_counter()
-            plan = SamplingPlanner(budget).plan(cost, torch.zeros(1, 1, world.action_dim), torch.Generator().manual_seed(config.seed))
+            planned = planned_move(world, cost, SamplingPlanner(budget), config.seed)
             seconds = time.perf_counter() - start
-            planned = plan.actions[0, 0, :3].numpy() * scale
             full = seconds * VJEPA2_AC.samples * VJEPA2_AC.iterations / (config.samples * config.iterations)
             result["planned"] = {
                 "mm": (1e3 * planned).tolist(), "error_mm": off(planned, wanted), "samples": config.samples,
@@ -160,19 +159,26 @@ def offline(world, pixels: np.ndarray, states: np.ndarray, planner, seed: int, c
 
     from worldmodel.vjepa2_ac import change
 
-    scale, rows = metres(world), []
+    rows = []
     for step in tqdm(range(len(pixels) - 1), desc="recorded steps", unit="step", delay=2):
         wanted = change(*torch.from_numpy(states[step : step + 2])).numpy()
         start = time.perf_counter()
         cost = cost_of(world, pixels, states, step, chunk)
-        plan = planner.plan(cost, torch.zeros(1, 1, world.action_dim), torch.Generator().manual_seed(seed + step))
-        move = plan.actions[0, 0, :3].numpy() * scale
+        move = planned_move(world, cost, planner, seed + step)
         rows.append({
             "step": step, "recorded_mm": (1e3 * wanted[:3]).round(1).tolist(), "planned_mm": (1e3 * move).round(1).tolist(),
             "error_mm": round(off(move, wanted), 1), "no_motion_error_mm": round(off(np.zeros(3), wanted), 1),
             "seconds": round(time.perf_counter() - start, 3),
         })  # fmt: skip
     return rows
+
+
+def planned_move(world, cost, planner, seed: int) -> np.ndarray:
+    """The translation [3] of one planned step, m."""
+    import torch
+
+    plan = planner.plan(cost, torch.zeros(1, 1, world.action_dim), torch.Generator().manual_seed(seed))
+    return plan.actions[0, 0, :3].numpy() * metres(world)
 
 
 def metres(world) -> np.ndarray:

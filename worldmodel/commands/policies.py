@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -27,7 +26,7 @@ from planners.gate import Limits, SafetyGate
 from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel import imitation, model
-from worldmodel.checkpoint import load_tensors
+from worldmodel.checkpoint import load_tensors, sha256_of
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.density import Density
@@ -236,7 +235,7 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
 def calibrated_for(config) -> dict[str, Any]:
     """What a calibration is of: task, model and planner of a benchmark's config, as JSON gives it back."""
     fields = {name: value for name, value in asdict(config).items() if name not in (*NOT_JUDGED, "model")}
-    fields["model_sha256"] = hashlib.sha256(config.model.read_bytes()).hexdigest()[:16]
+    fields["model_sha256"] = sha256_of(config.model)
     return json.loads(json.dumps(fields))
 
 
