@@ -23,6 +23,7 @@ REST_SPEED = 0.02  # m/s
 CLEARANCE = 0.05  # m, tool centre point to the object's origin
 MIN_TRAVEL = 0.10  # m, from a start to its goal, at least
 MARGIN = 0.02  # m, objects and targets stay this far inside the workspace
+HOVER = 0.02  # m, held object over its place in the sub-goal before it is let go: a drop from there hurts nothing
 RETRACT = 0.09  # m, hand over the placed object in the goal
 
 
@@ -192,7 +193,7 @@ class PickPlace:
         spec = OBJECTS[object]
         target = _far(rng, lambda r: _on_table(r, spec.half_height), start.object_pos, MIN_TRAVEL)
         grasped = held_pose(object, start.object_pos, start.object_yaw)
-        near = held_pose(object, target + [0, 0, 0.045], start.object_yaw)
+        near = held_pose(object, target + [0, 0, HOVER], start.object_yaw)
         above = target + [0, 0, RETRACT + spec.grasp_height]
         placed = Pose(above, MAX_OPENING, MAX_OPENING, target, grasped.object_yaw)
         return Episode(start, Wanted(target), (grasped, near, placed))

@@ -70,6 +70,7 @@ class Decision:
     subgoal: int  # index of the sub-goal it pursues
     verdict: Verdict
     seconds: float  # that this step's decision took
+    later: Sequence[np.ndarray] = ()  # what its plan has left after the action, each float32 [A]
     answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, hold, hand over
 
 
@@ -169,28 +170,27 @@ class Agent:
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
         self._actions: deque[Tensor] = deque(maxlen=keep)
         self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
-        self._retries = 0
+        self._retries, self._done = 0, False  # _done: the present sub-goal promises nothing more
         self._trail: list[float] = []  # observed energies to the sub-goal
+        self._answer = self.fallback  # what runs until the next observation
         self._pixels, self._expected, self._still, self._holds = None, None, 0, 0
         self.last = None
 
     @torch.no_grad()
-    def act(self, obs: Obs) -> np.ndarray:
+    def act(self, obs: Obs, ran: np.ndarray | None = None, under_way: Sequence[np.ndarray] = ()) -> np.ndarray:
         """The action float32 [A] for an observation {"pixels": uint8 [h, w, 3], "proprio": float32 [S]}.
 
-        `last` tells how it came about. Raises RuntimeError before `reset`, ValueError for an observation of another shape
+        `last` tells how it came about. A robot that does not wait says what `ran` since the last observation, where that is
+        not what was answered then, and which actions, each [A], are `under_way`, to end before this one begins: it is planned
+        for where they will have led. Raises RuntimeError before `reset`, ValueError for an observation of another shape
         than the goal or with NaN, and where nothing that the model imagines has a finite energy.
         """
         start = time.perf_counter()
-        if not self._energies:
-            raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
-        checked = _checked(obs, "observation", self._shape)
-        self._watch(np.asarray(checked["pixels"]))
-        self._features.append(self.model.encode(checked))
+        self.watch(obs, ran)
         if self.last is not None and self.last.answer == "hand over":  # until reset
             self.last = replace(self.last, seconds=time.perf_counter() - start)
             return self.fallback.copy()
-        context = self._context()
+        context = self._ahead_of(self._context(), under_way)
         if self._finds and self._subgoal == 0:
             self._find_subgoals()
         observed = self._move_on(context)
@@ -198,15 +198,36 @@ class Agent:
         if decision is None:
             decision = self._next(context, observed)
         self._holds = 0 if decision.verdict.go else self._holds + 1
-        action = decision.plan.actions[0, self._age].numpy(force=True)
-        action = np.clip(action, -1, 1).astype(np.float32)
-        self.last = replace(decision, action=action, seconds=time.perf_counter() - start)
-        self._actions.append(torch.from_numpy(action.copy()))
-        self._expected = decision.imagined._replace(patches=decision.imagined.patches[:, self._age], proprio=None)
+        action, *later = np.clip(decision.plan.actions[0, self._age :].numpy(force=True), -1, 1).astype(np.float32)
+        self.last = replace(decision, action=action, later=later, seconds=time.perf_counter() - start)
+        self._answer = action.copy()
+        after = decision.imagined._replace(patches=decision.imagined.patches[:, self._age], proprio=None)
+        self._expected = None if under_way else after
         self._age += 1
         self._since += decision.verdict.go  # a hold uses nothing up
         self._ahead += decision.verdict.go
         return action.copy()
+
+    @torch.no_grad()
+    def watch(self, obs: Obs, ran: np.ndarray | None = None) -> None:
+        """Take in an observation, and the action that `ran` before it, without a decision. Raises as `act` does."""
+        if not self._energies:
+            raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
+        checked = _checked(obs, "observation", self._shape)
+        ran = self._answer if ran is None else np.array(ran, np.float32)
+        self._notice(np.asarray(checked["pixels"]), ran)
+        if self._features:
+            self._actions.append(torch.from_numpy(ran))
+        self._features.append(self.model.encode(checked))
+
+    def _ahead_of(self, context: Context, under_way: Sequence[np.ndarray]) -> Context:
+        """A context that ends where the actions under way will have led, as imagined."""
+        if not len(under_way):
+            return context
+        actions = torch.from_numpy(np.stack(under_way).astype(np.float32))[None].to(context.actions)  # [1, n, A]
+        imagined = self.model.rollout(context, actions[:, None], self.model.sample_z((1, 1, 1, len(under_way)), None))
+        features = (torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in zip(context.features, imagined))
+        return Context(Features(*features), torch.cat((context.actions, actions), 1))
 
     def _kept(self, observed: float) -> Decision | None:
         """The last decision, where a step of its plan is left and the gate lets it go on; else None."""
@@ -217,11 +238,11 @@ class Agent:
         verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen())
         return replace(last, observed=observed, verdict=verdict) if verdict.go else None
 
-    def _watch(self, pixels: np.ndarray) -> None:
+    def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
         """Count pictures that stay the same to the bit although the robot is told to move; a hold tells nothing."""
         if self._pixels is None or not np.array_equal(pixels, self._pixels):
             self._still = 0
-        elif np.abs(self.last.action).max() > 0.1:
+        elif np.abs(ran).max() > 0.1:
             self._still += 1
         self._pixels = pixels.copy()
 
@@ -268,7 +289,10 @@ class Agent:
         if self._holds:  # nothing has moved since
             self._trail.pop()
         self._trail.append(observed)
-        if self._subgoal == len(self._energies) - 1:
+        ends = self._subgoal == len(self._energies) - 1
+        if self._done and (not ends or self._has_failed()):
+            return self._leave(context)
+        if ends:
             return observed
         if limit is not None and observed < limit:
             return self._pursue(self._subgoal + 1, context)
@@ -281,7 +305,7 @@ class Agent:
 
     def _leave(self, context: Context) -> float:
         """Pass to the next sub-goal, or to the first again where the present one has failed."""
-        failed = self._has_failed()
+        failed, self._done = self._has_failed(), False
         self._retries += failed
         return self._pursue(0 if failed else self._subgoal + 1, context)
 
@@ -304,15 +328,12 @@ class Agent:
         return min(self._trail[-patience:]) > min(self._trail[:-patience]) - self._progress()
 
     def _next(self, context: Context, observed: float) -> Decision:
-        """What to do now; where it is stuck, with a long look, and where that promises nothing, for another sub-goal."""
-        if not self._is_stuck():
-            return self._decide(context, observed)
-        self._ahead = 0
+        """What to do now; where it is stuck, with a long look, and where that promises nothing, it moves on at the next step."""
+        stuck = self._is_stuck()
+        self._ahead = 0 if stuck else self._ahead
         decision = self._decide(context, observed)
-        ends = self._subgoal == len(self._energies) - 1
-        if decision.energy < observed - self._progress() or (ends and not self._has_failed()):
-            return decision
-        return self._decide(context, self._leave(context))
+        self._done = stuck and decision.energy >= observed - self._progress()
+        return decision
 
     def _decide(self, context: Context, observed: float) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
@@ -351,7 +372,9 @@ class Agent:
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         spread = float(futures.patches[:, -1].std(0, correction=0).mean())
         verdict, mean = self.gate.judge(plan, futures, self._seen()), float(energies.mean())
-        return Decision(self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0, answer)
+        return Decision(
+            self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0, answer=answer
+        )
 
     def _warm_start(self, horizon: int) -> Tensor:
         """What is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""

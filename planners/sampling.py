@@ -120,7 +120,7 @@ class SamplingPlanner:
             kept = torch.cat([best[:, None], elites[:, 1 : _kept(config)]], 1)
         actions, value = _cheapest(cost, (nominal, best, _centre(proposal, config)))
         if _choices(config):
-            actions, value = _deliberate(cost, actions, value, nominal, config)
+            actions, value = _deliberate(cost, actions, nominal, config)
         return Plan(actions, value, elites.std(1, correction=0))
 
 
@@ -247,32 +247,34 @@ def _centre(proposal: Proposal, config: SamplingConfig) -> Tensor:
 
 
 def _cheapest(cost: Cost, plans: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The plan [B, H, A] of least cost [B], each evaluated alone, as it would be again; the first among equals."""
-    costs = torch.stack([_evaluate(cost, plan[:, None])[:, 0] for plan in plans])  # [M, B]
-    value, index = costs.min(0)
+    """The plan [B, H, A] of least cost [B], all evaluated once more, side by side; the first among equals."""
+    value, index = _evaluate(cost, torch.stack(plans, 1)).min(1)
     return torch.stack(plans)[index, torch.arange(len(index), device=index.device)], value
 
 
-def _deliberate(cost: Cost, actions: Tensor, value: Tensor, nominal: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+def _deliberate(cost: Cost, actions: Tensor, nominal: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """The plan [B, H, A] with the gripper moved only where that pays, and no earlier; never worse than the nominal one.
 
     Candidates differ by more than their gripper, whose part in the cost may be small. So the plan is compared with itself:
-    without any motion of the gripper, with one motion at each step, and as it was found. A step's motion can be made up
-    later, a wrong one often not be undone; so of motions that are equal within the margin the latest is taken.
+    without any motion of the gripper, with one motion at each step, and as it was found. Of motions that are equal within
+    the margin the latest is taken where it closes, for a grasp can be made up later, a wrong one often not be undone; and
+    the earliest where it opens, for a hand that moves off first drops from higher.
     """
     chosen, horizon = _choices(config), actions.shape[1]
     variants = [_with_gripper(actions, chosen, None, 0.0)]
-    variants += [_with_gripper(actions, chosen, h, move) for h in range(horizon) for move in (-1.0, 1.0)]
-    costs = _evaluate(cost, torch.stack(variants, 1))
-    still, (moved, which) = costs[:, 0], costs[:, 1:].unflatten(1, (horizon, 2)).min(2)  # moved [B, H]
-    steps = torch.arange(horizon, device=costs.device)
-    slack = moved.min(1, keepdim=True)[0].abs() * config.margin
-    latest = torch.where(moved <= moved.min(1, keepdim=True)[0] + slack, steps, -1).amax(1).clamp_min(0)
-    index = 1 + 2 * latest + which.gather(1, latest[:, None])[:, 0]
-    pays = moved.gather(1, latest[:, None])[:, 0] < still - config.margin * still.abs()
-    index = torch.where(pays, index, 0)
-    single = torch.stack(variants, 1)[torch.arange(len(index), device=index.device), index]
-    start, single_value = (_evaluate(cost, plan[:, None])[:, 0] for plan in (nominal, single))
+    variants += [_with_gripper(actions, chosen, h, move) for move in (-1.0, 1.0) for h in range(horizon)]
+    costs = _evaluate(cost, torch.stack([*variants, nominal, actions], 1))
+    still, moved, start, value = costs[:, 0], costs[:, 1:-2], costs[:, -2], costs[:, -1]
+    least = moved.min(1, keepdim=True)[0]
+    opens = moved[:, horizon:].amin(1) < moved[:, :horizon].amin(1)  # [B]
+    # Rank of each motion, by how good it is to choose it among equals: closing late, opening early.
+    late = torch.arange(horizon, device=costs.device)
+    rank = torch.where(opens[:, None], torch.cat((late - horizon, horizon - late)), torch.cat((late + 1, -late - 1)))
+    best = torch.where(moved <= least + least.abs() * config.margin, rank, -horizon - 1).argmax(1)
+    rows = torch.arange(len(best), device=costs.device)
+    pays = moved[rows, best] < still - config.margin * still.abs()
+    index = torch.where(pays, 1 + best, 0)
+    single, single_value = torch.stack(variants, 1)[rows, index], costs[rows, index]
     keep = (single_value > start) | (value < single_value - config.margin * single_value.abs())
     return torch.where(keep[:, None, None], actions, single), torch.where(keep, value, single_value)
 

@@ -227,7 +227,7 @@ def test_a_failed_subgoal_is_tried_again_from_the_first():
 
     world = Walled()
     config = AgentConfig(subgoal_steps=(50, 50, 50), patience=2, progress=0.02, retry=0.3)
-    decisions = go(agent_of(Honest(), config), world, 60, [FAR[0], FAR[1], FAR[1]])
+    decisions = go(agent_of(Honest(), config), world, 40, [FAR[0], FAR[1], FAR[1]])
     turns = [d.subgoal for d in decisions]
     assert 0 in turns[turns.index(1) :] and turns[-1] == 2
     for given in ({"retry": 0.3}, {}):  # where a budget ends it has failed as well
@@ -407,3 +407,29 @@ def test_sub_goals_can_be_proposed_and_the_first_one_anew_until_it_is_reached():
         go(agent_of(config=AgentConfig(subgoal_steps=(4,)), propose=propose), Plane(), 1, picture((0.4, 0.6)))
     go(agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose), Plane(), 3, [picture((0.4, 0.1)), picture((0.4, 0.6))])
     assert len(asked) == 6  # but not where they are given
+
+
+def test_it_plans_for_where_the_actions_under_way_will_have_led():
+    """Two agents, one of them told that an action is still running: it decides as the other does a step later."""
+    world, told = Plane(), agent_of()
+    told.reset(picture((0.9, 0.9)))
+    running = np.array([1.0, 0.2], np.float32)
+    told.act(picture(world.position), under_way=[running])
+    ahead = told.model.contexts[-1].features.patches[0, -1, 0]
+    assert torch.allclose(ahead, torch.from_numpy(world.step(running)["proprio"]), atol=0.01)
+    later = agent_of()
+    later.reset(picture((0.9, 0.9)))
+    later.act(picture(world.position))
+    assert abs(later.last.observed - told.last.observed) < 0.01
+
+
+def test_what_really_ran_is_remembered():
+    agent, world = agent_of(), Plane()
+    agent.reset(picture((0.9, 0.9)))
+    obs = picture(world.position)
+    agent.act(obs)
+    ran = [np.array([0.1, 0.0], np.float32), np.array([0.0, -0.3], np.float32)]
+    agent.watch(world.step(ran[0]), ran[0])
+    agent.act(world.step(ran[1]), ran[1])
+    context = agent.model.contexts[-1]
+    assert context.features.patches.shape[1] == 3 and torch.allclose(context.actions[0], torch.from_numpy(np.stack(ran)))

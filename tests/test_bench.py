@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from planners.agent import Agent, AgentConfig
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.commands import bench, cli
 from worldmodel.commands.bench import Config, wilson
-from worldmodel.commands.policies import Player, goals
+from worldmodel.commands.policies import Paced, Player, goals
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import EnergyConfig, GoalEnergy
@@ -252,3 +253,36 @@ def test_a_player_plays_an_encoder_file_in_the_simulator(encoder, tmp_path):
     episode, film = player.play(3)
     player.close()
     assert episode["steps"] == 3 and film.frames.shape == (4, 48, 48, 3) and len(film.goals) == 3
+
+
+class Slow:
+    """An agent whose n-th decision is the action [n], [n + 0.5] after it, and takes as long as `seconds` says."""
+
+    def __init__(self, seconds):
+        self.fallback, self.seconds, self.heard = np.array([-1.0]), list(seconds), []
+
+    def act(self, obs, ran, under_way):
+        n = len([kind for kind, *_ in self.heard if kind == "act"]) + 1
+        self.heard.append(("act", obs, None if ran is None else ran[0], under_way[0][0]))
+        self.last = SimpleNamespace(seconds=self.seconds.pop(0), later=[np.array([n + 0.5])])
+        return np.array([float(n)])
+
+    def watch(self, obs, ran):
+        self.heard.append(("watch", obs, ran[0]))
+
+
+def test_a_world_that_does_not_wait_runs_the_last_plan_while_a_decision_is_late():
+    agent = Slow([0.1, 0.1, 0.25, 0.55, 0.1, 0.1])
+    paced = Paced(agent, 0.2)
+    told = [(float(paced(t)[0]), paced.late) for t in range(9)]
+    #        none yet       first         second        late: its rest   third         late twice: its rest, then nothing
+    assert told == [(-1.0, False), (1.0, False), (2.0, False), (2.5, True), (3.0, False), (3.5, True), (-1.0, True), (4.0, False), (5.0, False)]
+    assert agent.heard[:4] == [("act", 0, None, -1.0), ("act", 1, -1.0, 1.0), ("act", 2, 1.0, 2.0), ("watch", 3, 2.0)]
+
+
+def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
+    config = Config(tmp_path / "run", model=model_file, realtime=True, episodes=1, max_steps=4, samples=4, iterations=1, elites=2)
+    summary = bench.run(config)
+    assert 0 <= summary["late_rate"] <= 0.75 and "began without" in bench.report(summary)
+    episode = json.loads((tmp_path / "run" / "results.json").read_text())["episodes"][0]
+    assert episode["late"] + len(episode["decision_seconds"]) == episode["steps"] == 4

@@ -7,7 +7,7 @@ import torch
 from planners.agent import imagine, tail
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.data import Frames
-from worldmodel.hazard import auroc, calibration_error, fit_hazard, judge_hazard
+from worldmodel.hazard import Outcomes, auroc, calibration_error, fit_hazard, judge_hazard
 from worldmodel.interface import Context, Features
 
 
@@ -17,17 +17,17 @@ def steps(seed: int, episodes: int = 40, length: int = 25):
     frames = episodes * length
     proprio = rng.uniform(0, 1, (frames, 3)).astype(np.float32)
     actions = rng.uniform(-1, 1, (frames, 2)).astype(np.float32)
-    features = rng.normal(size=(frames, 4, 6)).astype(np.float16)
+    outcomes = Outcomes(rng.normal(size=(frames, 4, 6)).astype(np.float16), proprio)
     unsafe = np.zeros(frames, int)
     unsafe[1:] = (proprio[1:, 0] < 0.3) & (actions[:-1, 0] < 0)
     offsets = np.arange(0, frames + 1, length)
-    return features, Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * episodes), unsafe
+    return outcomes, Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * episodes), unsafe
 
 
 @pytest.fixture(scope="module")
 def head():
-    features, frames, unsafe = steps(0)
-    return fit_hazard(features, frames, unsafe, epochs=55, batch=128)
+    outcomes, frames, unsafe = steps(0)
+    return fit_hazard([outcomes], frames, unsafe, epochs=55, batch=128)
 
 
 def test_it_learns_what_is_unsafe(head):
@@ -38,7 +38,8 @@ def test_it_learns_what_is_unsafe(head):
 
 def test_training_is_repeatable_and_leaves_the_generators_alone(head):
     before = torch.get_rng_state()
-    again = fit_hazard(*steps(0), epochs=55, batch=128)
+    outcomes, frames, unsafe = steps(0)
+    again = fit_hazard([outcomes], frames, unsafe, epochs=55, batch=128)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
 

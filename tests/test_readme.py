@@ -102,7 +102,7 @@ def test_the_loop_plans_as_the_demo_does(tmp_path):
     exec(compile(code, "README.md", "exec"), names)
     config = cli.parse("bench", bench, ["--model", str(tiny(tmp_path))], "demo")
     player = policies.Player(bench.resolved(config))
-    shown, played = names["agent"], player._agent
+    shown, played = names["agent"], player.agent
     try:
         assert names["env"].unwrapped.config == player.env.config
         assert shown.planner == played.planner

@@ -114,8 +114,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, dim] -> rotated q and k, and v: each [B, heads, L, head_dim]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(q, by), rotate(k, by), v
+        both, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
+        q, k = rotate(both, by)
+        return q, k, v[0]
 
     def forward(self, x: Tensor, by: Rotation, mask: Tensor | None = None) -> Tensor:
         """x [B, L, dim]; mask [L, L] bool, True where a row may look at a column."""

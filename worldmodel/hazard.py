@@ -1,10 +1,14 @@
 """How likely a step is to go wrong: a head on what is imagined after it, trained on what the environment called unsafe.
 
 The encoder and the predictor stay as they are. The head sees the features and the proprioception after a step, and the
-action that led there: pressing on a table shows as a low hand that was told to go lower.
+action that led there: pressing on a table shows as a low hand that was told to go lower. It is trained on what followed
+and on what the predictor imagines of it, by turns: a planner asks it about the latter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +22,13 @@ from worldmodel.interface import Features
 from worldmodel.training import set_rate
 
 LABEL = "privileged/unsafe"  # of a dataset: how many unsafe events there were in the step before a frame
+
+
+class Outcomes(NamedTuple):
+    """All frames of a dataset as what follows the steps before them, seen or imagined."""
+
+    patches: np.ndarray  # float16 [F, P, D]
+    proprio: np.ndarray  # float32 [F, S]
 
 
 class Hazard(nn.Module):
@@ -46,14 +57,14 @@ class Hazard(nn.Module):
 
 
 def fit_hazard(
-    features: np.ndarray, frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 256, rate: float = 1e-3, seed: int = 0
+    sources: Sequence[Outcomes], frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 256, rate: float = 1e-3, seed: int = 0
 ) -> Hazard:
-    """A head trained on all steps of frames: features [F, P, D], unsafe [F] events in the step before each frame."""
+    """A head trained on all steps of frames, with outcomes of each source by turns; unsafe [F] events in the step before a frame."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])  # all frames but the first of each episode
     targets = torch.from_numpy((unsafe[after] > 0).astype(np.float32))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = Hazard(features.shape[2], features.shape[1], frames.proprio.shape[1], frames.actions.shape[1])
+        head = Hazard(*sources[0].patches.shape[:0:-1], frames.proprio.shape[1], frames.actions.shape[1])
     head.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
     head.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
     steps = max(10, epochs * len(after) // batch)
@@ -63,25 +74,25 @@ def fit_hazard(
         set_rate(optimizer, rate, step, steps)
         pick = np.sort(rng.integers(len(after), size=batch))
         with autocast("cpu"):
-            logits = head(*_after(features, frames, after[pick]))
+            logits = head(*_after(sources[step % len(sources)], frames, after[pick]))
         optimizer.zero_grad(set_to_none=True)
         F.binary_cross_entropy_with_logits(logits, targets[pick]).backward()
         optimizer.step()
     return head.requires_grad_(False).eval()
 
 
-def judge_hazard(head: Hazard, features: np.ndarray, frames: Frames, unsafe: np.ndarray) -> dict[str, float]:
+def judge_hazard(head: Hazard, outcomes: Outcomes, frames: Frames, unsafe: np.ndarray) -> dict[str, float]:
     """How well the head ranks and how honest it is on other steps: area under the ROC curve, expected calibration error."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])
     parts = np.array_split(after, max(1, len(after) // 512))
-    told = np.concatenate([head(*_after(features, frames, part)).sigmoid().numpy() for part in parts])
+    told = np.concatenate([head(*_after(outcomes, frames, part)).sigmoid().numpy() for part in parts])
     return {"hazard_auroc": auroc(told, unsafe[after] > 0), "hazard_ece": calibration_error(told, unsafe[after] > 0),
             "hazard_rate": float((unsafe[after] > 0).mean())}  # fmt: skip
 
 
-def _after(features: np.ndarray, frames: Frames, index: np.ndarray) -> tuple[Features, Tensor]:
-    patches = torch.from_numpy(features[index].astype(np.float32))
-    return Features(patches, torch.from_numpy(frames.proprio[index])), torch.from_numpy(frames.actions[index - 1])
+def _after(outcomes: Outcomes, frames: Frames, index: np.ndarray) -> tuple[Features, Tensor]:
+    after = (torch.from_numpy(x[index].astype(np.float32)) for x in outcomes)
+    return Features(*after), torch.from_numpy(frames.actions[index - 1])
 
 
 def auroc(scores: np.ndarray, events: np.ndarray) -> float:

@@ -70,14 +70,14 @@ class ModulatedBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, T, L, dim], condition [B, T, 1, dim] -> the same shape, and keys and values of past and x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition)).chunk(6, -1)
-        y = self.norm1(x) * (1 + scale1) + shift1
+        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         q, k, v = self.attn.heads(y.flatten(1, 2), by)  # [B, heads, T * L, head_dim]
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + (1 + gate1) * self.attn.proj(y).unflatten(1, x.shape[1:3])
-        y = self.norm2(x) * (1 + scale2) + shift2
-        return x + (1 + gate2) * self.mlp(y), (k, v)
+        x = torch.addcmul(x, 1 + gate1, self.attn.proj(y).unflatten(1, x.shape[1:3]))
+        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        return torch.addcmul(x, 1 + gate2, self.mlp(y)), (k, v)
 
 
 class Predictor(nn.Module):
@@ -144,7 +144,7 @@ class Predictor(nn.Module):
             x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
             kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
         x = self.norm(x)
-        change = unmerged(self.to_features(x[:, :, 1:]), config.grid, config.merge)
+        change = unmerged(self.to_features(x[:, :, 1:].contiguous()), config.grid, config.merge)
         patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
         moved = proprio + self.to_proprio(x[:, :, 0])
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept

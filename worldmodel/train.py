@@ -8,7 +8,9 @@ from imagined frames.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from worldmodel.data import Dataset, Frames, keys_of
 from worldmodel.encoder import autocast
-from worldmodel.hazard import LABEL, fit_hazard, judge_hazard
+from worldmodel.hazard import LABEL, Outcomes, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
@@ -154,6 +156,25 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
     return out | {f"copy/{h + 1}": copy[h] for h in range(horizon)}
 
 
+@torch.no_grad()
+def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path: Path, seed: int) -> Outcomes:
+    """Every frame as imagined from those before it, under one sampled z; the first of an episode as it is. Kept in a file."""
+    patches = np.memmap(path, np.float16, "w+", shape=seen.patches.shape)
+    proprio = frames.proprio.copy()
+    generator = torch.Generator().manual_seed(seed)
+    for begin, end in tqdm(list(itertools.pairwise(frames.offsets)), desc="imagine", unit="episode", delay=2):
+        patches[begin] = seen.patches[begin]
+        if end - begin == 1:
+            continue
+        clip, actions = _clip(seen.patches, frames, np.arange(begin, end)[None])
+        now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
+        noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator)
+        with autocast("cpu"):
+            after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
+        patches[begin + 1 : end], proprio[begin + 1 : end] = after.patches[0].numpy(), after.proprio[0].numpy()
+    return Outcomes(patches, proprio)
+
+
 def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path: str) -> None:
     """Take over the weights of a model's predictor. Raises ValueError when it knows other features or has other sizes."""
     if identify(model.encoder) != identify(encoder):
@@ -215,8 +236,11 @@ def train(
     hazard = None
     if has(data, LABEL):
         unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
-        hazard = fit_hazard(features["train"], first, unsafe["train"], seed=config.seed)
-        scores |= judge_hazard(hazard, features["held"], frames["held"], unsafe["held"])
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
+            told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), config.seed) for name in parts}
+            hazard = fit_hazard([seen["train"], told["train"]], first, unsafe["train"], seed=config.seed)
+            scores |= judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     LatentModel(encoder, predictor, reader, about, hazard=hazard).save(out / "model.safetensors")
     return out / "model.safetensors"

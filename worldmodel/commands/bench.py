@@ -119,6 +119,9 @@ class Config:
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.12
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    realtime: bool = False
+    """the simulator does not wait: a decision's action begins one step after its picture, or later where it takes longer than
+    a step's 0.2 s, and until then the last plan runs on"""
     trajectory: Path | None = None
     """a recorded robot trajectory (.npz, as `worldmodel energy` takes it) instead of episodes: every step is planned from its
     picture to the next, one step ahead, and compared with what was recorded"""
@@ -145,6 +148,8 @@ class Config:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
+        if self.realtime and (self.policy != "planner" or self.gate == "random" or self.env.id):
+            raise ValueError("--realtime is for the planner, in the robot's tasks, and not for --gate random")
         if self.env.id and self.policy not in FOREIGN:
             raise ValueError(f"in {self.env.id} {', '.join(FOREIGN)} can act, not {self.policy}")
         if self.env.id and self.policy == "planner" and self.model is None:
@@ -234,7 +239,8 @@ def report(result: dict) -> str:
         "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
         if result["object"]
         else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians)",
-        "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile",
+        "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile"
+        + ("" if result["late_rate"] is None else f"; {result['late_rate']:.1%} of the steps began without a new one"),
         "out": result["out"],
     }
     return "\n".join(f"{name:10}{text}".rstrip() for name, text in rows.items() if text)
@@ -299,6 +305,7 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
         "final_distance": float(np.median([e["final_distance"] for e in episodes])),
         "decision_seconds": {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
+        "late_rate": sum(e["late"] for e in episodes) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "out": str(config.out),
     }
 

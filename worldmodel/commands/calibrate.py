@@ -62,14 +62,14 @@ def run(config: Config) -> dict:
         raise FileExistsError(f"{config.out} exists; give a path that does not")
     played = bench.resolved(bench.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(bench.Config)}))
     player = Player(played)
-    model = player._model
+    model = player.model
     if getattr(model, "hazard", None) is None:
         raise ValueError(f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one")
     seeds = range(config.seed, config.seed + config.episodes)
     first = max(1, config.episodes // 3)
     films = [player.play(seed)[1] for seed in tqdm(seeds[:first], desc="what is usual", unit="episode")]
     density = Density.fit(torch.cat([model.encode({"pixels": film.frames}).patches for film in films]))
-    player._agent.gate = player.gate_of(Limits(), density)
+    player.agent.gate = player.gate_of(Limits(), density)
     episodes = [_decisions(player, seed) for seed in tqdm(seeds[first:], desc="limits", unit="episode")]
     player.close()
     limits = limits_for(episodes, config.risk, config.alarm)

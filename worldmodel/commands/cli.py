@@ -36,6 +36,7 @@ COMMANDS = {
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",
     "calibrate": "find the safety gate's limits from a planner's own decisions",
+    "speed": "measure what decisions cost on this machine, and where their time goes",
     "bench": "let a policy act in a task and count its successes",
     "convert": "turn weights of V-JEPA 2 into files of this project, and back",
     "energy": "draw the energy around a recorded robot action",

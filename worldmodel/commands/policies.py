@@ -37,6 +37,7 @@ from worldmodel.interface import Features
 SCRIPTED = ("expert", "random", "nothing")
 NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory")  # what
 # a calibration does not depend on
+PERIOD = 0.2  # s, of the environment's steps
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -46,28 +47,28 @@ class Player:
     def __init__(self, config) -> None:
         self.config = config
         torch.set_num_threads(config.threads)
-        self._model = None if config.policy in SCRIPTED else load(config.model, config.policy)
-        self.env = _environment(config, self._model)
-        self._agent = None if self._model is None else self._make_agent()
+        self.model = None if config.policy in SCRIPTED else load(config.model, config.policy)
+        self.env = _environment(config, self.model)
+        self.agent = None if self.model is None else self._make_agent()
 
     def begin(self, seed: int) -> None:
         """Start the episode of a seed; raises ValueError where environment, model and goals do not go together."""
         _, info = self.env.reset(seed=seed)
-        if self._agent is not None:
-            self._agent.reset(goals(self.config)(info), seed)
+        if self.agent is not None:
+            self.agent.reset(goals(self.config)(info), seed)
 
     def play(self, seed: int, steps: list[dict[str, Any]] | None = None) -> tuple[dict[str, Any], Film]:
         """Play the episode of a seed: what results.json says of it, and its film. What was decided is added to `steps`."""
         steps = [] if steps is None else steps
-        act = self._scripted(seed, steps) if self._agent is None else self._planned(seed, steps)
+        act = self._scripted(seed, steps) if self.agent is None else self._planned(seed, steps)
         record = run.rollout(self.env, act, seed)
         return _entry(self.config, record, steps), _film(self.config, record, steps)
 
     def close(self) -> None:
         """Free what the environments hold."""
         self.env.close()
-        if isinstance(getattr(self._agent, "model", None), SimulatorModel):
-            self._agent.model.close()
+        if isinstance(getattr(self.agent, "model", None), SimulatorModel):
+            self.agent.model.close()
 
     def _scripted(self, seed: int, steps: list) -> run.Act:
         # Another stream of numbers than the scene's.
@@ -84,18 +85,20 @@ class Player:
         return act
 
     def _planned(self, seed: int, steps: list) -> run.Act:
-        agent, goals_of = self._agent, goals(self.config)
+        agent, goals_of = self.agent, goals(self.config)
         if self.config.gate == "random":  # whoever plays the episode
             agent.gate = RandomGate(self.config.abstain, seed)
+
+        decide = Paced(agent, PERIOD) if self.config.realtime else agent.act
 
         def act(obs, info):
             if not steps:
                 agent.reset(goals_of(info), seed)
-            action = agent.act(obs)
+            action = decide(obs)
             last = agent.last
-            judged = getattr(last, "verdict", None)
-            steps.append({"seconds": last.seconds, "subgoal": last.subgoal, "energy": last.observed, "verdict": judged,
-                          "answer": getattr(last, "answer", "plan")})  # fmt: skip
+            judged, late = getattr(last, "verdict", None), getattr(decide, "late", False)
+            steps.append({"seconds": None if late else last.seconds, "subgoal": last.subgoal, "energy": last.observed,
+                          "verdict": judged, "answer": getattr(last, "answer", "plan")})  # fmt: skip
             return action
 
         return act
@@ -103,26 +106,26 @@ class Player:
     def _make_agent(self) -> Agent | Imitator:
         config = self.config
         if config.policy == "imitation":
-            return Imitator(self._model, config.subgoal_steps)
+            return Imitator(self.model, config.subgoal_steps)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
-            scale = tuple((2 * self._model.predictor.proprio_std).tolist())
+            scale = tuple((2 * self.model.predictor.proprio_std).tolist())
         energy = EnergyConfig(config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=scale)
         names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "gripper")
         planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
         simulated = config.policy == "simulator"
-        world = self._model
+        world = self.model
         if simulated:
-            known = isinstance(self._model, model.LatentModel)
-            encoder = self._model.encoder if known else self._model
-            world = SimulatorModel(encoder, self.env, "last" if config.energy == "last" else "all", self._model if known else None)
+            known = isinstance(self.model, model.LatentModel)
+            encoder = self.model.encoder if known else self.model
+            world = SimulatorModel(encoder, self.env, "last" if config.energy == "last" else "all", self.model if known else None)
         look = AgentConfig(
             config.horizon, config.countdown, 1, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
             subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
             progress=config.progress, retry=config.retry, risk_weight=config.risk_weight,
         )  # fmt: skip
-        propose = self._model.proposer.propose if config.propose == "always" else None
-        hazard = getattr(self._model, "hazard", None)
+        propose = self.model.proposer.propose if config.propose == "always" else None
+        hazard = getattr(self.model, "hazard", None)
         if config.risk_weight and hazard is None:
             raise ValueError(f"{config.model} has no hazard head, which --risk-weight needs; `worldmodel train` makes one")
         hazard = None if hazard is None else hazard.imagined
@@ -138,9 +141,42 @@ class Player:
 
     def gate_of(self, limits: Limits, density: Density | None = None) -> SafetyGate:
         """The safety gate of this player's model."""
-        hazard = getattr(self._model, "hazard", None)
-        sampled = self.config.policy == "planner" and self._model.latent_dim > 0
+        hazard = getattr(self.model, "hazard", None)
+        sampled = self.config.policy == "planner" and self.model.latent_dim > 0
         return SafetyGate(limits, None if hazard is None else hazard.imagined, density, sampled)
+
+
+class Paced:
+    """An agent in a world that does not wait: every `period` seconds an action begins, whether it has decided or not.
+
+    A decision starts from the picture at a step's beginning; its action begins with the next step, or where it takes longer,
+    with the first one after it. Until then the last decision's action runs, then what its plan has left, then the
+    fallback. The clock is the decisions' own, as measured; the simulator's time does not count.
+    """
+
+    def __init__(self, agent: Agent, period: float) -> None:
+        self.agent, self.period = agent, period
+        self.late = False  # whether the present step began while a decision was still being made
+        self._queue: list[np.ndarray] = []  # actions to run from the present step on
+        self._decided: list[np.ndarray] = []  # what will be the queue
+        self._wait = 0  # steps until then
+        self._ran: np.ndarray | None = None
+
+    def __call__(self, obs: dict) -> np.ndarray:
+        """The action [A] of the step that begins with an observation."""
+        self.late = self._wait > 1
+        self._wait -= 1
+        if not self.late:
+            self._queue = self._decided
+        action = self._queue.pop(0) if self._queue else self.agent.fallback
+        if self.late:
+            self.agent.watch(obs, self._ran)
+        else:
+            first = self.agent.act(obs, self._ran, [action])
+            self._decided = [first, *self.agent.last.later]
+            self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
+        self._ran = action
+        return action
 
 
 @dataclass(frozen=True)
@@ -288,7 +324,8 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "unsafe": unsafe,
         "subgoal": [step["subgoal"] for step in steps],
         "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
-        "decision_seconds": [round(step["seconds"], 5) for step in steps],
+        "decision_seconds": [round(step["seconds"], 5) for step in steps if step["seconds"] is not None],
+        **({"late": sum(step["seconds"] is None for step in steps)} if config.realtime else {}),
         **_judgements(config, steps),
     }
 

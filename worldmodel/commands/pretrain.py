@@ -90,23 +90,29 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.checkpoint import load_tensors
-    from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
-    from worldmodel.encoder import EncoderConfig
-    from worldmodel.pretrain import PretrainConfig, pretrain
+    from worldmodel.pretrain import pretrain
 
     torch.set_num_threads(config.threads)
+    path = pretrain(recipe(config), Dataset.open(config.data), config.out, config.minutes, config.resume)
+    if path is None:
+        return {"finished": False, "run": str(config.out)}
+    _, _, about = load_tensors(path, "encoder")
+    return {"finished": True, "encoder": str(path), **{k: about[k] for k in ("minutes", "spread", "rank")}}
+
+
+def recipe(config: Config):
+    """The recipe that a config stands for."""
+    from worldmodel.commands.cli import shared
+    from worldmodel.encoder import EncoderConfig
+    from worldmodel.pretrain import PretrainConfig
+
     layout = {"absolute": False, "rope_base": 10000.0, "rope_tiled": True} if config.vjepa2_layout else {}
     encoder = EncoderConfig(
         config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
         num_heads=config.num_heads, stem=config.stem, **layout,
     )  # fmt: skip
-    recipe = PretrainConfig(encoder=encoder, **shared(config, PretrainConfig))
-    path = pretrain(recipe, Dataset.open(config.data), config.out, config.minutes, config.resume)
-    if path is None:
-        return {"finished": False, "run": str(config.out)}
-    _, _, about = load_tensors(path, "encoder")
-    return {"finished": True, "encoder": str(path), **{k: about[k] for k in ("minutes", "spread", "rank")}}
+    return PretrainConfig(encoder=encoder, **shared(config, PretrainConfig))
 
 
 def report(result: dict) -> str:

@@ -1,0 +1,462 @@
+"""Measure on the spot what this machine can do, what the planner makes of it, and where a decision's time goes.
+
+The machine's peak is that of large dense matrix products. Decisions are those of real episodes, from pixels, with a gate
+that judges each plan. Beside them stand, with random weights and in the same precision, a predictor of LeWM's size with
+its planner's budget, measured whole, and V-JEPA 2-AC's predictor, of which one step of one candidate is measured and
+multiplied. All ratios are within the one run. --out gets speed.json and a plot of how decisions grow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from worldmodel.commands import bench
+
+LEWM_BUDGET = (300, 10, 5)  # candidates, iterations, steps
+AC_BUDGET = (800, 10, 1)
+GROWTH = {  # a decade each
+    "candidates": (16, 32, 64, 160),
+    "horizon": (1, 2, 4, 10),
+    "samples of z": (1, 2, 4, 10),
+    "tokens of a frame": (5, 17, 37, 65),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time, and how long."""
+
+    model: Path | None = None
+    """model.safetensors (default: the shipped weights)"""
+    out: Path | None = None
+    """folder for speed.json and growth.png (default: none)"""
+    decisions: int = 100
+    """decisions to time, of episodes of pick-place"""
+    samples: int | None = None
+    """candidate plans per iteration (default: that of `worldmodel bench`)"""
+    iterations: int | None = None
+    """refinements of a plan (default: that of `worldmodel bench`)"""
+    horizon: int | None = None
+    """length of a plan (steps) (default: that of `worldmodel bench`)"""
+    seed: int = 0
+    """seed of the first episode"""
+    peers: bool = True
+    """also time predictors of others' sizes"""
+    growth: bool = True
+    """also time how a decision grows with candidates, horizon, samples of z and tokens"""
+    training: bool = True
+    """also time training steps of encoder and predictor, and collecting with one and two workers"""
+    threads: int = 2
+    """processor threads"""
+
+    def __post_init__(self):
+        for name in ("decisions", "samples", "iterations", "horizon", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
+
+
+def run(config: Config) -> dict:
+    """Time everything, and write it where --out says so."""
+    import torch
+
+    from worldmodel.commands.policies import Player
+
+    if config.out is not None and config.out.exists() and any(config.out.iterdir()):
+        raise FileExistsError(f"{config.out} is not empty; choose another --out")
+    torch.set_num_threads(config.threads)
+    budget = {name: getattr(config, name) for name in ("samples", "iterations", "horizon")}
+    played = bench.resolved(bench.Config(out=Path("."), model=config.model, seed=config.seed, threads=config.threads, **budget))
+    player = Player(played)
+    steps = [
+        lambda: machine(config.threads),
+        lambda: decisions(player, config),
+        lambda: rollouts(player.model, played.samples, played.horizon),
+        lambda: {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)},
+    ]
+    steps += [lewm, vjepa2_ac] if config.peers else []
+    steps += [lambda: {"growth": grown(player.model, played)}] if config.growth else []
+    steps += [lambda: training(player.model), collecting] if config.training else []
+    result = {"model": str(played.model), "samples": played.samples, "iterations": played.iterations, "horizon": played.horizon}
+    for step in tqdm(steps, desc="speed", unit="part"):
+        result |= step()
+    player.close()
+    _add_ratios(result)
+    if config.out is not None:
+        _write(config.out, result)
+        result["out"] = str(config.out)
+    return result
+
+
+def timed(work: Callable, least: int = 5, seconds: float = 0.5, best: bool = False) -> float:
+    """Seconds that `work()` takes after a first call: the median, or the best, of `least` calls, and more for so many seconds."""
+    work()
+    taken: list[float] = []
+    while len(taken) < least or sum(taken) < seconds:
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken) if best else float(np.median(taken))
+
+
+def counted(work: Callable) -> int:
+    """Floating-point operations of the matrix products in `work()`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def machine(threads: int) -> dict:
+    """The processor, and its peak in dense matrix products, GFLOP/s per precision."""
+    import torch
+
+    about, peak = Path("/proc/cpuinfo"), {}
+    flags = about.read_text() if about.exists() else ""
+    name = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "unknown")
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags]
+    for precision in (torch.float32, torch.bfloat16):
+        best = 0.0
+        for n in (512, 1024, 2048):
+            a = torch.randn(n, n).to(precision)
+            best = max(best, 2 * n**3 / timed(lambda a=a: a @ a, best=True) / 1e9)
+        peak[str(precision).removeprefix("torch.")] = best
+    return {
+        "processor": name, "cores": os.cpu_count(), "units": units, "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads, "precision": precision_used(), "peak_gflops": peak,
+    }  # fmt: skip
+
+
+def precision_used() -> str:
+    """The precision of the models' matrix products here."""
+    import torch
+
+    from worldmodel.encoder import autocast
+
+    with autocast("cpu"):
+        return "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+
+
+class Clock:
+    """Seconds spent inside functions, by name, while it is on."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.on = False
+
+    def of(self, name: str, work: Callable) -> Callable:
+        """The same function, timed."""
+        self.spent[name] = 0.0
+
+        def watched(*args, **kwargs):
+            start = time.perf_counter()
+            result = work(*args, **kwargs)
+            self.spent[name] += (time.perf_counter() - start) * self.on
+            return result
+
+        return watched
+
+
+@dataclass
+class WatchedGate:
+    """A gate, timed."""
+
+    judge: Callable
+
+
+def decisions(player, config: Config) -> dict:
+    """Time of decisions in episodes, seconds, and the share of it that its parts take."""
+    from planners.gate import Limits
+
+    agent, clock, taken = player.agent, Clock(), []
+    world, act = agent.model, agent.act
+    agent.gate = WatchedGate(clock.of("gate", player.gate_of(Limits()).judge))  # judges all, refuses nothing that is sane
+    world.encode, world.rollout = clock.of("encode", world.encode), clock.of("imagine", world.rollout)
+
+    def acting(obs):
+        clock.on = True
+        action = act(obs)
+        clock.on = False
+        return action
+
+    agent.act = acting
+    for seed in range(config.seed, config.seed + config.decisions):
+        steps: list[dict] = []
+        player.play(seed, steps)
+        taken += [step["seconds"] for step in steps]
+        if len(taken) >= config.decisions:
+            break
+    shares = {name: seconds / sum(taken) for name, seconds in clock.spent.items()}
+    return {
+        "decisions": len(taken),
+        "decision_seconds": {"median": float(np.median(taken)), "p95": float(np.percentile(taken, 95))},
+        "decision_shares": {**shares, "rest": 1 - sum(shares.values())},
+    }
+
+
+def rollouts(world, samples: int, horizon: int) -> dict:
+    """How fast the model encodes and imagines: frames/s, candidate-steps/s, GFLOP/s."""
+    import torch
+
+    size, (context, actions, z) = world.encoder.config.image_size, problem(world, samples, horizon)
+    frames = torch.randint(0, 256, (64, size, size * world.encoder.config.views, 3), dtype=torch.uint8)
+    imagine = lambda: world.rollout(context, actions, z)  # noqa: E731
+    seconds, operations = timed(imagine), counted(imagine)
+    return {
+        "encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames)),
+        "candidate_steps_per_second": samples * horizon / seconds,
+        "rollout_gflops": operations / seconds / 1e9,
+    }
+
+
+def problem(world, samples: int, horizon: int, samples_z: int = 1) -> tuple:
+    """A context, actions and z to imagine from, of random numbers."""
+    import torch
+
+    from worldmodel.interface import Context, Features
+
+    predictor = world.predictor.config
+    shape = (1, predictor.context, world.predictor.patches, predictor.feature_dim)
+    features = Features(torch.randn(shape), torch.randn(*shape[:2], predictor.proprio_dim))
+    context = Context(features, torch.zeros(1, shape[1] - 1, world.action_dim))
+    actions = torch.rand(1, samples, horizon, world.action_dim) * 2 - 1
+    return context, actions, torch.randn(1, samples, samples_z, horizon, world.latent_dim)
+
+
+def lewm() -> dict:
+    """Seconds of a plan with a predictor of LeWM's size (arXiv 2603.19312): one 192-wide token a frame, three frames.
+
+    Six blocks, 16 heads of 64, 2048 hidden units, modulated by the action: 10.8M parameters.
+    """
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from worldmodel.encoder import autocast
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(192, 3 * 1024), nn.Linear(1024, 192)
+            self.up, self.down = nn.Linear(192, 2048), nn.Linear(2048, 192)
+            self.modulate = nn.Linear(192, 6 * 192)
+
+        def forward(self, x, condition):
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition)).chunk(6, -1)
+            y = F.layer_norm(x, (192,)) * (1 + scale1) + shift1
+            q, k, v = self.qkv(y).unflatten(-1, (3, 16, 64)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + gate1 * self.out(y)
+            y = F.layer_norm(x, (192,)) * (1 + scale2) + shift2
+            return x + gate2 * self.down(F.gelu(self.up(y)))
+
+    candidates, iterations, steps = LEWM_BUDGET
+    blocks = nn.ModuleList(Block() for _ in range(6))
+    history, actions = torch.randn(candidates, 3, 192), torch.randn(candidates, 3, 192)
+
+    @torch.no_grad()
+    def iteration():
+        x = history
+        for _ in range(steps):
+            y = x
+            for block in blocks:
+                y = block(y, actions)
+            x = torch.cat((x[:, 1:], y[:, -1:]), 1).float()
+
+    with autocast("cpu"):
+        seconds = iterations * timed(iteration, least=3)
+    return {"lewm": {"parameters": sum(p.numel() for p in blocks.parameters()), "plan_seconds": seconds}}
+
+
+def vjepa2_ac() -> dict:
+    """Seconds of a plan with V-JEPA 2-AC's predictor: one step of one of four candidates, times all of a plan."""
+    import torch
+
+    from worldmodel.interface import Features
+    from worldmodel.vjepa2_ac import ACConfig, ACPredictor
+
+    config, dtype = ACConfig(), getattr(torch, precision_used())
+    predictor = ACPredictor(config).to(dtype).eval().requires_grad_(False)
+    now = Features(torch.randn(4, 1, predictor.patches, config.feature_dim, dtype=dtype), torch.randn(4, 1, 7, dtype=dtype))
+    actions, z = torch.zeros(4, 1, 7, dtype=dtype), torch.zeros(4, 1, 0, dtype=dtype)
+    seconds = timed(lambda: predictor(now, actions, z), least=2) / 4
+    return {
+        "vjepa2_ac": {
+            "parameters": sum(p.numel() for p in predictor.parameters()),
+            "candidate_step_seconds": seconds,
+            "plan_seconds": seconds * float(np.prod(AC_BUDGET)),
+        }
+    }
+
+
+def grown(world, played: bench.Config) -> dict:
+    """Seconds of a search, without encoding and judging, along a decade of each of its sizes; and the exponents.
+
+    Tokens are of predictors with random weights on larger grids of patches.
+    """
+    from worldmodel.encoder import EncoderConfig, VideoEncoder
+    from worldmodel.model import LatentModel
+    from worldmodel.predictor import Predictor
+
+    samples, horizon = played.samples, played.horizon
+    out = {}
+    for name, sizes in GROWTH.items():
+        seconds = []
+        for size in sizes:
+            n, h, k, model = samples, horizon, 1, world
+            if name == "candidates":
+                n = size
+            elif name == "horizon":
+                h = size
+            elif name == "samples of z":
+                k = size
+            else:
+                side = round((size - 1) ** 0.5) * world.predictor.config.merge
+                encoder = EncoderConfig(image_size=8 * side, patch_size=8, embed_dim=world.encoder.config.embed_dim, depth=1, num_heads=2)
+                predictor = Predictor(replace(world.predictor.config, grid=(side, side)))
+                model = LatentModel(VideoEncoder(encoder), predictor)
+            context, actions, z = problem(model, n, h, k)
+            seconds.append(timed(lambda: model.rollout(context, actions, z), least=3, seconds=0.3))
+        exponent = float(np.log(seconds[-1] / seconds[0]) / np.log(sizes[-1] / sizes[0]))
+        out[name] = {"sizes": list(sizes), "seconds": seconds, "exponent": exponent}
+    return out
+
+
+def training(world) -> dict:
+    """Clips/s of pretraining and sequences/s of training, in steps of the shipped presets without the optimiser, and GFLOP/s."""
+    import torch
+
+    from worldmodel.commands import cli
+    from worldmodel.commands import pretrain as pretraining
+    from worldmodel.commands import train as predicting
+    from worldmodel.encoder import autocast
+    from worldmodel.interface import Features
+    from worldmodel.masking import KINDS, draw
+    from worldmodel.pretrain import Pretraining
+    from worldmodel.train import TrainConfig, prediction_losses
+
+    recipe = pretraining.recipe(cli.parse("pretrain", pretraining, [], "shipped"))
+    learner, size, wide = Pretraining(recipe), recipe.encoder.image_size, recipe.drawn[1] * recipe.encoder.patch_size
+    clips = torch.randint(0, 256, (recipe.batch, 1, size, wide, 3), dtype=torch.uint8)
+    masks = draw(KINDS["open"], recipe.batch, 1, recipe.encoder.grid, np.random.default_rng(0))
+
+    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "shipped"), TrainConfig))
+    predictor = type(world.predictor)(world.predictor.config)
+    sizes, shape = predictor.config, (own.batch, own.transitions)
+    clip = Features(
+        torch.randn(own.batch, own.transitions + 1, predictor.patches, sizes.feature_dim),
+        torch.randn(own.batch, own.transitions + 1, sizes.proprio_dim),
+    )
+    chance = torch.zeros(*shape, sizes.action_dim), torch.randn(*shape, sizes.latent_dim), torch.zeros(own.batch, dtype=torch.bool)
+
+    def step(losses: Callable) -> None:
+        with autocast("cpu"):
+            value = losses()["loss"]
+        value.backward()
+
+    works = {
+        "pretrain_clips": (recipe.batch, lambda: step(lambda: learner.loss(clips, masks))),
+        "train_sequences": (own.batch, lambda: step(lambda: prediction_losses(predictor, clip, *chance, own))),
+    }
+    out = {}
+    for name, (count, work) in works.items():
+        seconds = timed(work, least=3)
+        out |= {f"{name}_per_second": count / seconds, f"{name}_gflops": counted(work) / seconds / 1e9}
+    return out
+
+
+def collecting(episodes: int = 120) -> dict:
+    """Rendered steps/s of collecting with one and with two processes."""
+    from worldmodel.commands import collect
+
+    out = {}
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            result = collect.run(collect.Config(out=Path(folder, "data"), task="pick-place", episodes=episodes, workers=workers))
+            out[str(workers)] = result["steps_per_second"]
+    return {"collect_steps_per_second": out}
+
+
+def _add_ratios(result: dict) -> None:
+    """The shares of the machine's peak, and how much faster a decision is than a plan of others."""
+    peak, own = result["peak_gflops"][result["precision"]], result["decision_seconds"]["median"]
+    for name in ("rollout", "pretrain_clips", "train_sequences"):
+        if f"{name}_gflops" in result:
+            result[f"{name}_share_of_peak"] = result[f"{name}_gflops"] / peak
+    for name in ("lewm", "vjepa2_ac"):
+        if name in result:
+            result[name]["times_slower"] = result[name]["plan_seconds"] / own
+
+
+def _write(folder: Path, result: dict) -> None:
+    from worldmodel.data import replacing
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "speed.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    if "growth" in result:
+        with replacing(folder / "growth.png") as file:
+            _plot(result["growth"]).savefig(file, format="png")
+
+
+def _plot(growth: dict):
+    """Seconds of a search's iteration along each size, and a straight line through the first point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((3.2 * len(growth), 3.2), layout="constrained", dpi=110)
+    for axes, (name, row) in zip(np.atleast_1d(figure.subplots(1, len(growth))), growth.items()):
+        sizes, seconds = np.array(row["sizes"]), np.array(row["seconds"])
+        axes.loglog(sizes, 1000 * seconds, marker="o", label="measured")
+        axes.loglog(sizes, 1000 * seconds[0] * sizes / sizes[0], ls=":", color="grey", label="linear")
+        axes.set(title=f"exponent {row['exponent']:.2f}", xlabel=name)
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("ms for one batch of plans")
+    figure.axes[0].legend()
+    return figure
+
+
+def report(result: dict) -> str:
+    """The same as a table."""
+    seconds, peak, precision = result["decision_seconds"], result["peak_gflops"], result["precision"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["decision_shares"].items())
+    rows = {
+        "processor": f"{result['processor']}, {result['cores']} cores, {' '.join(result['units'])}; {result['threads']} threads, {result['capability']}",
+        "peak": ", ".join(f"{name} {value:.0f}" for name, value in peak.items()) + f" GFLOP/s; models use {precision}",
+        "encoder": f"{result['encoder_fps']:.0f} frames/s",
+        "imagining": f"{result['candidate_steps_per_second']:.0f} candidate-steps/s, {result['rollout_gflops']:.0f} GFLOP/s, "
+        f"{result['rollout_share_of_peak']:.0%} of the peak",
+        "decision": f"{1000 * seconds['median']:.0f} ms median, {1000 * seconds['p95']:.0f} ms 95th percentile of {result['decisions']}, gate on, "
+        f"{result['samples']} x {result['iterations']} x {result['horizon']}",
+        "  of it": shares,
+        "memory": f"{result['memory_gib']:.2f} GiB",
+    }
+    for name, told in (("lewm", "LeWM's size and budget"), ("vjepa2_ac", "V-JEPA 2-AC's")):
+        if name in result:
+            row = result[name]
+            rows[f"  {told}"] = f"{row['plan_seconds']:.3g} s a plan ({row['parameters'] / 1e6:.1f}M), {row['times_slower']:.3g} times a decision"
+    for name, told, unit in (("pretrain_clips", "pretraining", "clips/s"), ("train_sequences", "training", "sequences/s")):
+        if f"{name}_gflops" in result:
+            rows[told] = f"{result[f'{name}_per_second']:.0f} {unit}, {result[f'{name}_share_of_peak']:.0%} of the peak"
+    if "collect_steps_per_second" in result:
+        rows["collecting"] = ", ".join(f"{value:.0f} steps/s by {n}" for n, value in result["collect_steps_per_second"].items())
+    if "growth" in result:
+        rows["growth"] = ", ".join(f"{name} ^{row['exponent']:.2f}" for name, row in result["growth"].items())
+    if "out" in result:
+        rows["out"] = result["out"]
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:{width}}{text}" for name, text in rows.items())
