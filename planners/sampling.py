@@ -37,7 +37,7 @@ class SamplingConfig:
     gripper: Literal["categorical", "gaussian"] = "categorical"
     gripper_dims: tuple[int, ...] = (-1,)  # action dimensions that are a choice of -1, 0, +1
     hold: float = 0.6  # probability of 0 in the first iteration's choices
-    margin: float = 0.3  # share of its cost that a plan must gain by moving the gripper: what an opening that is nearer to
+    margin: float = 0.2  # share of its cost that a plan must gain by moving the gripper: what an opening that is nearer to
     # the goal's gains by itself stays below it, a grasp or a release above
     smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
     colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white

@@ -312,6 +312,8 @@ def autocast(device: torch.device | str) -> torch.autocast:
 
 @functools.cache
 def _fast_on_this_processor() -> bool:
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # ATEN_CPU_CAPABILITY may ask for less than there is
+        return False
     if torch.cpu._is_amx_tile_supported():
         return True
     about = Path("/proc/cpuinfo")

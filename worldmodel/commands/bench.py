@@ -95,7 +95,7 @@ class Config:
     """noise of a candidate is scaled by a factor from here to 1, log-uniform"""
     hold: float = 0.6
     """probability that the first candidates leave the gripper alone at a step"""
-    margin: float = 0.3
+    margin: float = 0.2
     """share of its energy that a plan must gain by moving the gripper, compared with itself without"""
     gripper: Literal["categorical", "gaussian"] = "categorical"
     """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
@@ -107,8 +107,8 @@ class Config:
     """of features"""
     proprio_weight: float | None = None
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
-    risk_weight: float = 0.0
-    """of the probability that a step goes wrong, in a plan's cost, where the model has a hazard head"""
+    risk_weight: float | None = None
+    """of the probability that a step goes wrong, in a plan's cost (default: 0.5 where the model has a hazard head, else 0)"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -261,11 +261,16 @@ def resolved(config: Config) -> Config:
     path = config.model or model.shipped()
     if config.env.id:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
-    able = config.goal == "final" and config.policy in BUDGETS and model.proposes(path)
+    able = config.goal == "final" and config.policy in BUDGETS and model.holds(path, "proposer")
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
     if config.propose == "auto":
         filled["propose"] = "always" if able and config.task == "pick-place" else "never"
+    cautious = config.policy in BUDGETS and model.holds(path, "hazard")
+    if config.risk_weight and not cautious:
+        raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
+    if config.risk_weight is None:
+        filled["risk_weight"] = 0.5 if cautious else 0.0
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)

@@ -126,8 +126,6 @@ class Player:
         )  # fmt: skip
         propose = self.model.proposer.propose if config.propose == "always" else None
         hazard = getattr(self.model, "hazard", None)
-        if config.risk_weight and hazard is None:
-            raise ValueError(f"{config.model} has no hazard head, which --risk-weight needs; `worldmodel train` makes one")
         hazard = None if hazard is None else hazard.imagined
         gate = self._make_gate()
         return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
