@@ -352,7 +352,7 @@ class Agent:
             half = decision.plan.actions / 2
             decision = self._judged(replace(decision.plan, actions=half, cost=cost(half[:, None])[:, 0]), context, observed, "smaller step")
         if not decision.verdict.go:  # what runs is the fallback, and what is expected is what follows from that
-            still = torch.from_numpy(self.fallback).expand_as(plan.actions)
+            still = torch.from_numpy(self.fallback).to(plan.actions).expand_as(plan.actions)
             held = replace(decision.plan, actions=still, cost=cost(still[:, None])[:, 0])
             answer = "hand over" if self._holds + 1 >= config.refusals else "hold"
             decision = replace(self._judged(held, context, observed, answer), verdict=decision.verdict)
@@ -378,7 +378,7 @@ class Agent:
 
     def _warm_start(self, horizon: int) -> Tensor:
         """What is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
-        start = torch.zeros(1, horizon, self.model.action_dim)
+        start = torch.zeros(1, horizon, self.model.action_dim, device=self._features[-1].patches.device)
         if not self._is_new():
             left = self.last.plan.actions[:, self._age : self._age + horizon]
             start[:, : left.shape[1]] = left

@@ -286,3 +286,20 @@ def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
     assert 0 <= summary["late_rate"] <= 0.75 and "began without" in bench.report(summary)
     episode = json.loads((tmp_path / "run" / "results.json").read_text())["episodes"][0]
     assert episode["late"] + len(episode["decision_seconds"]) == episode["steps"] == 4
+
+
+def test_a_device_that_is_not_there_is_named(model_file, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="this torch finds no GPU"):
+        bench.run(Config(tmp_path / "out", model=model_file, device="cuda"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_it_decides_the_same(model_file, tmp_path):
+    """The same candidates are drawn, so that the first decisions agree; later ones may part by rounding."""
+    runs = [bench.run(Config(tmp_path / name, model=model_file, device=name, **SMALL)) for name in ("cpu", "cuda")]
+    assert runs[0]["episodes"] == runs[1]["episodes"]
+    first = [json.loads((tmp_path / name / "results.json").read_text())["episodes"][0]["energy"][0] for name in ("cpu", "cuda")]
+    assert first[0] == pytest.approx(first[1], rel=0.02)

@@ -24,5 +24,5 @@ class Density:
 
     def __call__(self, patches: Tensor) -> Tensor:
         """Mean squared deviation [...] of the worst patches of features [..., P, D], in the data's own; 1 is usual."""
-        off = ((patches - self.mean) / self.std).square().mean(-1)
+        off = ((patches - self.mean.to(patches)) / self.std.to(patches)).square().mean(-1)
         return off.topk(min(WORST, off.shape[-1]), -1)[0].mean(-1)

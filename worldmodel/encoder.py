@@ -265,10 +265,10 @@ class VideoEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, batch: int = 64) -> Tensor:
-        """Layer-normed features of single frames: uint8 [..., h, w, 3] -> float32 [..., P, D]."""
+        """Layer-normed features of single frames: uint8 [..., h, w, 3], on any device -> float32 [..., P, D] on the encoder's."""
         if pixels.dim() < 3:
             raise ValueError(f"expected pixels [..., h, w, 3], got {list(pixels.shape)}")
-        pixels = fitted(pixels, self.config)
+        pixels = fitted(pixels.to(self.norm.weight.device), self.config)
         frames = pixels.reshape(-1, 1, *pixels.shape[-3:])
         out = []
         for part in frames.split(batch):
@@ -298,6 +298,13 @@ def initialise(module: nn.Module) -> None:
         with torch.no_grad():
             block.attn.proj.weight.div_((2 * (i + 1)) ** 0.5)
             block.mlp.fc2.weight.div_((2 * (i + 1)) ** 0.5)
+
+
+def usable(device: str) -> str:
+    """The same device; raises ValueError where it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, and this torch finds no GPU; install a CUDA build of torch, or say --device cpu")
+    return device
 
 
 def autocast(device: torch.device | str) -> torch.autocast:

@@ -63,6 +63,11 @@ class LatentModel(nn.Module):
         """The most context frames that `rollout` uses."""
         return self.predictor.config.context
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and so its features."""
+        return next(self.predictor.parameters()).device
+
     @torch.no_grad()
     def encode(self, obs: Obs) -> Features:
         """Patch features of obs["pixels"], and obs["proprio"], or without it what `reader` reads; no other key is read."""
@@ -71,7 +76,7 @@ class LatentModel(nn.Module):
         if proprio is None and self.reader is not None:
             proprio = self.reader(patches.reshape(-1, *patches.shape[-2:])).reshape(*patches.shape[:-2], -1)
         elif proprio is not None:
-            proprio = to_tensor(proprio, torch.float32)
+            proprio = to_tensor(proprio, torch.float32).to(self.device)
             if not torch.isfinite(proprio).all():
                 raise ValueError("proprio of the observation holds NaN or infinity; expected finite metres and radians")
         return Features(patches, proprio)
@@ -79,8 +84,8 @@ class LatentModel(nn.Module):
     def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Standard noise [*shape, Z] that `rollout` maps through the prior; zeros, its mean, without a generator."""
         if generator is None:
-            return torch.zeros(*shape, self.latent_dim)
-        return torch.randn(*shape, self.latent_dim, generator=generator)
+            return torch.zeros(*shape, self.latent_dim, device=self.device)
+        return torch.randn(*shape, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     @torch.no_grad()
     def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:

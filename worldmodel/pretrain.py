@@ -294,7 +294,7 @@ def health(encoder: VideoEncoder, pixels: Tensor) -> dict[str, float]:
 
 
 def pretrain(
-    config: PretrainConfig, data: Dataset, out: Path, minutes: float | None = None, resume: bool = False
+    config: PretrainConfig, data: Dataset, out: Path, minutes: float | None = None, resume: bool = False, device: str = "cpu"
 ) -> Path | None:
     """Train and write `out/encoder.safetensors`; None when `minutes` ended first (resume to go on).
 
@@ -305,19 +305,20 @@ def pretrain(
     rng = np.random.default_rng(config.seed)
     model.whiten(torch.from_numpy(frames.sample_clips(4000, 1, 1, rng)["pixels"][:, 0]))
     held = model.own(torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"]))[:, 0]
+    model.to(device)
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, KIND, _plain(config, data), model, optimizer, config.steps, minutes, resume)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         single = config.frames == 1 or rng.random() < config.image_share
         length = 1 if single else config.frames
-        clips = torch.from_numpy(frames.sample_clips(config.batch, length, config.stride, rng)["pixels"])
+        clips = torch.from_numpy(frames.sample_clips(config.batch, length, config.stride, rng)["pixels"]).to(device)
         kinds = config.image_masks if single else config.masks
         kind = KINDS[kinds[rng.integers(len(kinds))]]
         tubes = max(1, length // config.encoder.tubelet_size)
-        masks = draw(kind, len(clips), tubes, config.encoder.grid, rng)
+        masks = Masks(*(index.to(device) for index in draw(kind, len(clips), tubes, config.encoder.grid, rng)))
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        with autocast("cpu"):
+        with autocast(device):
             losses = model.loss(clips, masks)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -341,7 +342,7 @@ def pretrain(
         return None
     path = out / "encoder.safetensors"
     about = {"recipe": _plain(config, data), "minutes": round(run.seconds / 60, 1), **health(model.result(), held)}
-    save_encoder(path, model.result(), about)
+    save_encoder(path, model.result().cpu(), about)
     return path
 
 

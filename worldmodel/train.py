@@ -90,7 +90,7 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 
             out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
             pixels = encoder.config.own(data.load(keys=("pixels",)).pixels)
             for i in tqdm(range(0, len(pixels), batch), desc="encode", unit="batch"):
-                out[i : i + batch] = encoder.encode(torch.from_numpy(pixels[i : i + batch])).half().numpy()
+                out[i : i + batch] = encoder.encode(torch.from_numpy(pixels[i : i + batch])).half().numpy(force=True)
             out.flush()
             del out
             part.replace(path)
@@ -132,10 +132,11 @@ def prediction_losses(
     return out
 
 
-def _clip(features: np.ndarray, frames: Frames, index: np.ndarray) -> tuple[Features, Tensor]:
+def _clip(features: np.ndarray, frames: Frames, index: np.ndarray, device: torch.device) -> tuple[Features, Tensor]:
     """The clips at frames index [B, T + 1] and the actions [B, T, A] inside."""
-    patches = torch.from_numpy(features[index].astype(np.float32))
-    return Features(patches, torch.from_numpy(frames.proprio[index])), torch.from_numpy(frames.actions[index[:, :-1]])
+    arrays = features[index].astype(np.float32), frames.proprio[index], frames.actions[index[:, :-1]]
+    patches, proprio, actions = (torch.from_numpy(array).to(device) for array in arrays)
+    return Features(patches, proprio), actions
 
 
 @torch.no_grad()
@@ -143,11 +144,11 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
     """Open-loop L1 per horizon against copying the first frame, with z at the prior's mean; clips [M, horizon + 1]."""
     error, copy = np.zeros(horizon), np.zeros(horizon)
     for part in np.array_split(clips, max(1, len(clips) // 32)):
-        clip, actions = _clip(features, frames, part)
+        clip, actions = _clip(features, frames, part, predictor.norm.weight.device)
         now, cache = Features(clip.patches[:, :1], clip.proprio[:, :1]), None
         for h in range(horizon):
             action = actions[:, h : h + 1]
-            with autocast("cpu"):
+            with autocast(actions.device):
                 now, cache = predictor(now, action, predictor.prior_of(now, action).mean, cache, h)
             true = clip.patches[:, h + 1]
             error[h] += float((now.patches[:, 0] - true).abs().mean()) * len(part) / len(clips)
@@ -166,12 +167,12 @@ def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path
         patches[begin] = seen.patches[begin]
         if end - begin == 1:
             continue
-        clip, actions = _clip(seen.patches, frames, np.arange(begin, end)[None])
+        clip, actions = _clip(seen.patches, frames, np.arange(begin, end)[None], predictor.norm.weight.device)
         now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
-        noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator)
-        with autocast("cpu"):
+        noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
+        with autocast(actions.device):
             after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
-        patches[begin + 1 : end], proprio[begin + 1 : end] = after.patches[0].numpy(), after.proprio[0].numpy()
+        patches[begin + 1 : end], proprio[begin + 1 : end] = after.patches[0].numpy(force=True), after.proprio[0].numpy(force=True)
     return Outcomes(patches, proprio)
 
 
@@ -186,7 +187,7 @@ def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path
 
 def train(
     config: TrainConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False,
+    resume: bool = False, device: str = "cpu",
 ) -> Path | None:  # fmt: skip
     """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""
     parts = {name: part for name, part in zip(("train", "held"), data.split(0.03))}
@@ -205,17 +206,18 @@ def train(
     predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
     if config.start:
         _start_from(predictor, encoder, load(config.start), config.start)
+    predictor.to(device)
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
     clips = frames["held"].clip_index(256, 7, 1, np.random.default_rng(config.seed))
     for step in run:
         rng = np.random.default_rng([config.seed, step])
-        clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng))
-        noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step))
-        from_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share)
+        clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng), device)
+        noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step)).to(device)
+        from_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        with autocast("cpu"):
+        with autocast(device):
             losses = prediction_losses(predictor, clip, actions, noise, from_prior, config)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -228,6 +230,7 @@ def train(
     if not run.done:
         return None
     scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
+    predictor.cpu()
     targets = torch.from_numpy(first.proprio)
     reader = fit(features["train"], targets, torch.ones_like(targets), READER_EPOCHS, config.seed)
     seen = slice(None, None, max(1, len(frames["held"]) // 2000))

@@ -69,6 +69,8 @@ class Config:
     """number of processes; changes no result"""
     threads: int = 1
     """processor threads of each"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the model is: cpu, cuda"""
     max_steps: int = 40
     """steps of 0.2 s until an episode has failed"""
     cameras: tuple[str, ...] = ("front",)

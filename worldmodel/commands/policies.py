@@ -30,6 +30,7 @@ from worldmodel.checkpoint import load_tensors, sha256_of
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.density import Density
+from worldmodel.encoder import usable
 from worldmodel.energy import EnergyConfig, GoalEnergy
 from worldmodel.hub import load_encoder
 from worldmodel.interface import Features
@@ -47,7 +48,7 @@ class Player:
     def __init__(self, config) -> None:
         self.config = config
         torch.set_num_threads(config.threads)
-        self.model = None if config.policy in SCRIPTED else load(config.model, config.policy)
+        self.model = None if config.policy in SCRIPTED else load(config.model, config.policy).to(usable(config.device))
         self.env = _environment(config, self.model)
         self.agent = None if self.model is None else self._make_agent()
 

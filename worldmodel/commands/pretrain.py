@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Config:
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where it trains: cpu, cuda"""
     target: str = "ema"
     """what is predicted at hidden patches: ema (V-JEPA), pixels, or the path of an encoder.safetensors (SALT)"""
     start: str = ""
@@ -91,10 +94,11 @@ def run(config: Config) -> dict:
 
     from worldmodel.checkpoint import load_tensors
     from worldmodel.data import Dataset
+    from worldmodel.encoder import usable
     from worldmodel.pretrain import pretrain
 
     torch.set_num_threads(config.threads)
-    path = pretrain(recipe(config), Dataset.open(config.data), config.out, config.minutes, config.resume)
+    path = pretrain(recipe(config), Dataset.open(config.data), config.out, config.minutes, config.resume, usable(config.device))
     if path is None:
         return {"finished": False, "run": str(config.out)}
     _, _, about = load_tensors(path, "encoder")

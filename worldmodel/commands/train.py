@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Config:
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where it trains: cpu, cuda"""
     start: str = ""
     """path of a model.safetensors whose predictor to start from, of the same encoder and sizes; empty: random weights"""
     merge: int = 2
@@ -83,6 +86,7 @@ def run(config: Config) -> dict:
     from worldmodel.checkpoint import load_tensors
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
+    from worldmodel.encoder import usable
     from worldmodel.hub import load_encoder
     from worldmodel.train import TrainConfig, train
 
@@ -90,7 +94,7 @@ def run(config: Config) -> dict:
     recipe = TrainConfig(**shared(config, TrainConfig))
     encoder = load_encoder(config.encoder)
     cache = config.cache or config.data[0] / "features"
-    path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device))
     if path is None:
         return {"finished": False, "run": str(config.out)}
     _, _, about = load_tensors(path, "model")
