@@ -17,43 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planners.course import Course, CourseConfig, at_least
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
-SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
-OTHER_STEPS = 8  # for each sub-goal of any other number of them
-
-
 @dataclass(frozen=True)
-class AgentConfig:
+class AgentConfig(CourseConfig):
     """How an agent looks ahead and moves on. Raises ValueError for values that make no sense."""
 
-    horizon: int = 2  # imagined steps, H
-    countdown: bool = False  # arrive `horizon` steps after a sub-goal's start: look ahead a step less at each
-    least_horizon: int = 1  # where the countdown ends
     replan: int = 1  # actions of a plan that are run before the next one is made
     samples_z: int = 0  # sampled futures of each candidate, whose mean energy is its cost; 0: the one of the prior's mean
     looks: int = 8  # sampled futures of the chosen plan, for `Decision.imagined`, its spread and the gate
     chunk: int = 512  # futures imagined at once; bounds memory
-    subgoal_steps: tuple[int, ...] = ()  # steps until the next sub-goal's turn; (): 4, 10, 4 for three, else 8 each
-    switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
-    patience: int | None = None  # steps without progress after which it looks ahead anew, and moves on if that promises none
-    progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
-    retry: float | None = None  # share of it above which a sub-goal has failed at its end: begin again at the first
-    retries: int = 3  # times, at most, in an episode
     risk_weight: float = 0.0  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
     caution: float = 2.0  # the same of the plan that is made when the gate has refused one
     refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
-        least = {"horizon": 1, "least_horizon": 1, "replan": 1, "samples_z": 0, "risk_weight": 0, "looks": 1, "chunk": 1, "retries": 0, "caution": 0, "refusals": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
+        super().__post_init__()
+        at_least(self, replan=1, samples_z=0, looks=1, chunk=1, risk_weight=0, caution=0, refusals=1)
         if self.replan > self.horizon:
             raise ValueError(f"replan is {self.replan} with horizon {self.horizon}: expected at most as many steps")
-        if min(*self.subgoal_steps, 1, self.patience or 1) < 1 or self.patience == 0:
-            raise ValueError(f"subgoal_steps is {self.subgoal_steps}, patience {self.patience}: expected at least 1 each")
 
 
 @dataclass(frozen=True)
@@ -164,16 +148,13 @@ class Agent:
         self._pursued = self._goals  # the sub-goals' features
         self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._goals]
         self._finds = self.propose is not None and len(goals) == 1
-        self._budget = () if self._finds else self._budgets(len(goals))
+        self._course = Course(self.config, len(goals))
         self._generator = torch.Generator().manual_seed(seed)
         keep = self.model.max_context
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
         self._actions: deque[Tensor] = deque(maxlen=keep)
-        self._subgoal = self._since = self._ahead = self._age = 0  # _ahead: steps since the countdown began
-        self._retries, self._done = 0, False  # _done: the present sub-goal promises nothing more
-        self._trail: list[float] = []  # observed energies to the sub-goal
         self._answer = self.fallback  # what runs until the next observation
-        self._pixels, self._expected, self._still, self._holds = None, None, 0, 0
+        self._pixels, self._expected, self._still, self._holds, self._age = None, None, 0, 0, 0
         self.last = None
 
     @torch.no_grad()
@@ -191,12 +172,13 @@ class Agent:
             self.last = replace(self.last, seconds=time.perf_counter() - start)
             return self.fallback.copy()
         context = self._ahead_of(self._context(), under_way)
-        if self._finds and self._subgoal == 0:
+        if self._finds and self._course.subgoal == 0:
             self._find_subgoals()
-        observed = self._move_on(context)
+        observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
         decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
         if decision is None:
-            decision = self._next(context, observed)
+            decision = self._decide(context, observed, self._course.horizon())
+            self._course.promise(decision.energy)
         self._holds = 0 if decision.verdict.go else self._holds + 1
         action, *later = np.clip(decision.plan.actions[0, self._age :].numpy(force=True), -1, 1).astype(np.float32)
         self.last = replace(decision, action=action, later=later, seconds=time.perf_counter() - start)
@@ -204,8 +186,7 @@ class Agent:
         after = decision.imagined._replace(patches=decision.imagined.patches[:, self._age], proprio=None)
         self._expected = None if under_way else after
         self._age += 1
-        self._since += decision.verdict.go  # a hold uses nothing up
-        self._ahead += decision.verdict.go
+        self._course.step(decision.verdict.go)
         return action.copy()
 
     @torch.no_grad()
@@ -248,24 +229,18 @@ class Agent:
 
     def _seen(self) -> Seen:
         """What the gate may know besides the plan."""
-        return Seen(self._features[-1], self._pursued[self._subgoal], self._pixels, self._expected, self._still)
+        return Seen(self._features[-1], self._pursued[self._course.subgoal], self._pixels, self._expected, self._still)
 
     def _find_subgoals(self) -> None:
         """Have sub-goals proposed on the way from the last frame to the goal."""
         found = self.propose(self._features[-1], self._goals[-1])
         self._pursued = found
         self._energies = [self.energy(_with_axes(goal, 1)) for goal in found]
-        self._budget = self._budgets(len(found))
+        self._course.expect(len(found))
 
     def _is_new(self) -> bool:
         """Whether there is no plan yet for the present sub-goal."""
-        return self.last is None or self.last.subgoal != self._subgoal
-
-    def _budgets(self, count: int) -> tuple[int, ...]:
-        steps = self.config.subgoal_steps or SUBGOAL_STEPS.get(count, (OTHER_STEPS,) * count)
-        if count > 1 and len(steps) != count:
-            raise ValueError(f"subgoal_steps has {len(steps)} entries for {count} sub-goals; expected one for each")
-        return steps
+        return self.last is None or self.last.subgoal != self._course.subgoal
 
     def _context(self) -> Context:
         patches = torch.stack([f.patches for f in self._features])[None]  # [1, T, P, D]
@@ -275,70 +250,17 @@ class Agent:
         actions = torch.stack(past)[None] if past else torch.zeros(1, 0, self.model.action_dim)
         return Context(Features(patches, proprio), actions.to(patches))
 
-    def _observed(self, context: Context) -> float:
-        """Energy of the last frame to the present sub-goal."""
+    def _observed(self, context: Context, subgoal: int) -> float:
+        """Energy of the last frame to a sub-goal."""
         now = context.features
         proprio = None if now.proprio is None else now.proprio[:, None, None, -1:]
         seen = Features(now.patches[:, None, None, -1:], proprio)  # [1, 1, 1, 1, P, D]
         still = now.patches.new_zeros(1, 1, 1, self.model.action_dim)
-        return float(self._energies[self._subgoal](seen, still))
+        return float(self._energies[subgoal](seen, still))
 
-    def _move_on(self, context: Context) -> float:
-        """Pass to the next sub-goal where it is its turn; the energy to the one that is pursued now."""
-        observed, limit = self._observed(context), self.config.switch_energy
-        if self._holds:  # nothing has moved since
-            self._trail.pop()
-        self._trail.append(observed)
-        ends = self._subgoal == len(self._energies) - 1
-        if self._done and (not ends or self._has_failed()):
-            return self._leave(context)
-        if ends:
-            return observed
-        if limit is not None and observed < limit:
-            return self._pursue(self._subgoal + 1, context)
-        return self._leave(context) if self._since >= self._budget[self._subgoal] else observed
-
-    def _has_failed(self) -> bool:
-        """Whether the sub-goal is still far, and a retry is left: the object was missed, or lost on the way."""
-        retry = self.config.retry
-        return retry is not None and self._retries < self.config.retries and self._trail[-1] > retry * max(self._trail)
-
-    def _leave(self, context: Context) -> float:
-        """Pass to the next sub-goal, or to the first again where the present one has failed."""
-        failed, self._done = self._has_failed(), False
-        self._retries += failed
-        return self._pursue(0 if failed else self._subgoal + 1, context)
-
-    def _pursue(self, subgoal: int, context: Context) -> float:
-        before = self._trail[:-1] if subgoal == self._subgoal else []  # the same again: how far it was at first still counts
-        self._subgoal, self._since, self._ahead = subgoal, 0, 0
-        self._trail = [*before, self._observed(context)]
-        return self._trail[-1]
-
-    def _progress(self) -> float:
-        """The least decrease of energy that counts."""
-        return self.config.progress * max(self._trail)
-
-    def _is_stuck(self) -> bool:
-        """Whether the last steps, after a countdown, brought no progress."""
-        patience, config = self.config.patience, self.config
-        after = self._ahead - (config.horizon - config.least_horizon if config.countdown else 0)
-        if patience is None or after < patience:
-            return False
-        return min(self._trail[-patience:]) > min(self._trail[:-patience]) - self._progress()
-
-    def _next(self, context: Context, observed: float) -> Decision:
-        """What to do now; where it is stuck, with a long look, and where that promises nothing, it moves on at the next step."""
-        stuck = self._is_stuck()
-        self._ahead = 0 if stuck else self._ahead
-        decision = self._decide(context, observed)
-        self._done = stuck and decision.energy >= observed - self._progress()
-        return decision
-
-    def _decide(self, context: Context, observed: float) -> Decision:
+    def _decide(self, context: Context, observed: float, horizon: int) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
         config, generator = self.config, self._generator
-        horizon = max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
         cost = self._cost(context, horizon, config.risk_weight)
         plan = self.planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
@@ -359,21 +281,21 @@ class Agent:
         return decision
 
     def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:
-        config, energy = self.config, self._energies[self._subgoal]
+        config, energy = self.config, self._energies[self._course.subgoal]
         return imagine(
             self.model, context, energy, horizon, self._generator, config.samples_z, config.chunk, self.hazard, risk_weight
         )
 
     def _judged(self, plan: Plan, context: Context, observed: float, answer: str) -> Decision:
         """A plan with the futures that are imagined of it, and the gate's verdict."""
-        looks, energy = self.config.looks, self._energies[self._subgoal]
+        looks, energy = self.config.looks, self._energies[self._course.subgoal]
         z = self.model.sample_z((1, 1, looks, plan.actions.shape[1]), self._generator if looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         spread = float(futures.patches[:, -1].std(0, correction=0).mean())
         verdict, mean = self.gate.judge(plan, futures, self._seen()), float(energies.mean())
         return Decision(
-            self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._subgoal, verdict, 0.0, answer=answer
+            self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._course.subgoal, verdict, 0.0, answer=answer
         )
 
     def _warm_start(self, horizon: int) -> Tensor:

@@ -121,8 +121,8 @@ class Player:
             encoder = self.model.encoder if known else self.model
             world = SimulatorModel(encoder, self.env, "last" if config.energy == "last" else "all", self.model if known else None)
         look = AgentConfig(
-            config.horizon, config.countdown, 1, config.replan, 0 if simulated else config.samples_z, 1 if simulated else 8,
-            subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
+            horizon=config.horizon, countdown=config.countdown, replan=config.replan,
+            samples_z=0 if simulated else config.samples_z, looks=1 if simulated else 8, subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
             progress=config.progress, retry=config.retry, risk_weight=config.risk_weight,
         )  # fmt: skip
         propose = self.model.proposer.propose if config.propose == "always" else None
