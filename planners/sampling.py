@@ -118,9 +118,7 @@ class SamplingPlanner:
             best_cost = torch.where(better, elite_costs[:, 0], best_cost)
             proposal = _refined(proposal, elites, _weights(elite_costs, config), config)
             kept = torch.cat([best[:, None], elites[:, 1 : _kept(config)]], 1)
-        actions, value = _cheapest(cost, (nominal, best, _centre(proposal, config)))
-        if _choices(config):
-            actions, value = _deliberate(cost, actions, nominal, config)
+        actions, value = _settle(cost, nominal, best, _centre(proposal, config), config)
         return Plan(actions, value, elites.std(1, correction=0))
 
 
@@ -246,37 +244,35 @@ def _centre(proposal: Proposal, config: SamplingConfig) -> Tensor:
     return _bounded(centre, config)
 
 
-def _cheapest(cost: Cost, plans: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The plan [B, H, A] of least cost [B], all evaluated once more, side by side; the first among equals."""
-    value, index = _evaluate(cost, torch.stack(plans, 1)).min(1)
-    return torch.stack(plans)[index, torch.arange(len(index), device=index.device)], value
+def _settle(cost: Cost, nominal: Tensor, best: Tensor, centre: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """The plan [B, H, A] to run, of the nominal one, the best candidate and the centre of the last ones, and its cost [B].
 
-
-def _deliberate(cost: Cost, actions: Tensor, nominal: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """The plan [B, H, A] with the gripper moved only where that pays, and no earlier; never worse than the nominal one.
-
-    Candidates differ by more than their gripper, whose part in the cost may be small. So the plan is compared with itself:
-    without any motion of the gripper, with one motion at each step, and as it was found. Of motions that are equal within
-    the margin the latest is taken where it closes, for a grasp can be made up later, a wrong one often not be undone; and
-    the earliest where it opens, for a hand that moves off first drops from higher.
+    Without choices, the cheapest. Else the centre with the gripper moved only where that pays: candidates differ by more
+    than their gripper, whose part in the cost may be small, so the centre is compared with itself, without any motion of the
+    gripper, and with one motion at each step. Of motions that are equal within the margin the latest is taken where it closes,
+    for a grasp can be made up later, a wrong one often not be undone; and the earliest where it opens, for a hand that moves
+    off first drops from higher. Never worse than the nominal plan; all are evaluated side by side.
     """
-    chosen, horizon = _choices(config), actions.shape[1]
-    variants = [_with_gripper(actions, chosen, None, 0.0)]
-    variants += [_with_gripper(actions, chosen, h, move) for move in (-1.0, 1.0) for h in range(horizon)]
-    costs = _evaluate(cost, torch.stack([*variants, nominal, actions], 1))
-    still, moved, start, value = costs[:, 0], costs[:, 1:-2], costs[:, -2], costs[:, -1]
+    chosen, horizon, plans = _choices(config), nominal.shape[1], [nominal, best, centre]
+    if chosen:
+        plans += [_with_gripper(centre, chosen, None, 0.0)]
+        plans += [_with_gripper(centre, chosen, h, move) for move in (-1.0, 1.0) for h in range(horizon)]
+    plans = torch.stack(plans, 1)
+    costs, rows = _evaluate(cost, plans), torch.arange(len(plans), device=plans.device)
+    value, which = costs[:, :3].min(1)
+    if not chosen:
+        return plans[rows, which], value
+    still, moved = costs[:, 3], costs[:, 4:]
     least = moved.min(1, keepdim=True)[0]
     opens = moved[:, horizon:].amin(1) < moved[:, :horizon].amin(1)  # [B]
-    # Rank of each motion, by how good it is to choose it among equals: closing late, opening early.
-    late = torch.arange(horizon, device=costs.device)
-    rank = torch.where(opens[:, None], torch.cat((late - horizon, horizon - late)), torch.cat((late + 1, -late - 1)))
-    best = torch.where(moved <= least + least.abs() * config.margin, rank, -horizon - 1).argmax(1)
-    rows = torch.arange(len(best), device=costs.device)
-    pays = moved[rows, best] < still - config.margin * still.abs()
-    index = torch.where(pays, 1 + best, 0)
-    single, single_value = torch.stack(variants, 1)[rows, index], costs[rows, index]
-    keep = (single_value > start) | (value < single_value - config.margin * single_value.abs())
-    return torch.where(keep[:, None, None], actions, single), torch.where(keep, value, single_value)
+    step = torch.arange(horizon, device=costs.device)  # each motion's rank among equals: closing late, opening early
+    rank = torch.where(opens[:, None], torch.cat((step - horizon, horizon - step)), torch.cat((step + 1, -step - 1)))
+    motion = torch.where(moved <= least + config.margin * least.abs(), rank, -horizon - 1).argmax(1)
+    pays = moved[rows, motion] < still - config.margin * still.abs()
+    single = torch.where(pays, 4 + motion, 3)
+    worse = (costs[rows, single] > costs[:, 0]) | (value < costs[rows, single] - config.margin * costs[rows, single].abs())
+    index = torch.where(worse, which, single)
+    return plans[rows, index], costs[rows, index]
 
 
 def _with_gripper(actions: Tensor, dims: list[int], step: int | None, move: float) -> Tensor:
