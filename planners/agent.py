@@ -112,7 +112,7 @@ class Agent:
     it makes a more cautious one, then a smaller step, then answers with `fallback` [A] (zeros without), and after some of
     those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
-    `config.risk_weight` it avoids steps that are likely to go wrong.
+    `config.risk_weight` it avoids steps that are likely to go wrong. `eager` plans where it is stuck, instead of `planner`.
     """
 
     def __init__(
@@ -125,9 +125,10 @@ class Agent:
         fallback: np.ndarray | None = None,
         propose: Propose | None = None,
         hazard: Hazard | None = None,
+        eager: Planner | None = None,
     ) -> None:
         self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
-        self.hazard = hazard
+        self.hazard, self.eager = hazard, eager or planner
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
@@ -262,7 +263,8 @@ class Agent:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
         config, generator = self.config, self._generator
         cost = self._cost(context, horizon, config.risk_weight)
-        plan = self.planner.plan(cost, self._warm_start(horizon), generator)
+        planner = self.eager if self._course.stuck else self.planner
+        plan = planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0

@@ -39,7 +39,7 @@ def at_least(config: object, **least: float) -> None:
 class Course:
     """Passes from sub-goal to sub-goal: by step budgets, by energy, or where it is stuck; back to the first where one has failed.
 
-    Each step: `observe`, `horizon`, `promise` where a plan was made, `step`.
+    `subgoal` is the index of the one that is pursued, `stuck` whether the last steps brought no progress. Each step: `observe`, `horizon`, `promise` where a plan was made, `step`.
     """
 
     def __init__(self, config: CourseConfig, count: int) -> None:
@@ -47,7 +47,7 @@ class Course:
         self._since = self._ahead = 0  # steps of this sub-goal's turn; since the countdown began
         self._retries = 0
         self._trail: list[float] = []  # observed energies to the sub-goal
-        self._stuck = self._done = False  # _done: the sub-goal promises nothing more
+        self.stuck = self._done = False  # _done: the sub-goal promises nothing more
         self.expect(count)
 
     def expect(self, count: int) -> None:
@@ -78,13 +78,13 @@ class Course:
     def horizon(self) -> int:
         """How many steps to look ahead; where it is stuck, as many as there are."""
         config = self.config
-        self._stuck = self._is_stuck()
-        self._ahead = 0 if self._stuck else self._ahead
+        self.stuck = self._is_stuck()
+        self._ahead = 0 if self.stuck else self._ahead
         return max(config.least_horizon, config.horizon - self._ahead) if config.countdown else config.horizon
 
     def promise(self, energy: float) -> None:
         """Take in what a new plan promises; where it is stuck, and that is nothing, it passes on at the next step."""
-        self._done = self._stuck and energy >= self._trail[-1] - self._progress()
+        self._done = self.stuck and energy >= self._trail[-1] - self._progress()
 
     def step(self, ran: bool) -> None:
         """A step has begun; a hold uses nothing up."""

@@ -28,7 +28,7 @@ from worldmodel import data
 from worldmodel.commands import workers
 
 BUDGETS = {  # samples, iterations, elites, horizon
-    "planner": (64, 3, 8, 2),
+    "planner": (40, 3, 8, 2),
     "simulator": (48, 3, 8, 2),
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
@@ -80,7 +80,7 @@ class Config:
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
-    """candidate plans per iteration (default: 64; simulator: 48)"""
+    """candidate plans per iteration (default: 40; simulator: 48)"""
     iterations: int | None = None
     """refinements of a plan (default: 3)"""
     elites: int | None = None
@@ -99,6 +99,8 @@ class Config:
     """probability that the first candidates leave the gripper alone at a step"""
     margin: float = 0.2
     """share of its energy that a plan must gain by moving the gripper, compared with itself without"""
+    eager_margin: float = 0.1
+    """the same where the last steps brought no progress"""
     gripper: Literal["categorical", "gaussian"] = "categorical"
     """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
     samples_z: int = 0
@@ -119,7 +121,7 @@ class Config:
     """steps without progress after which it looks ahead anew, and moves on if that promises none; none: any number"""
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
-    retry: float | None = 0.12
+    retry: float | None = 0.16
     """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
     realtime: bool = False
     """the simulator does not wait: a decision's action begins one step after its picture, or later where it takes longer than

@@ -113,7 +113,8 @@ class Player:
             scale = tuple((2 * self.model.predictor.proprio_std).tolist())
         energy = EnergyConfig(config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=scale)
         names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "gripper")
-        planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
+        search = SamplingConfig(config.planner, **{name: getattr(config, name) for name in names})
+        planner, eager = SamplingPlanner(search), SamplingPlanner(replace(search, margin=config.eager_margin))
         simulated = config.policy == "simulator"
         world = self.model
         if simulated:
@@ -129,7 +130,7 @@ class Player:
         hazard = getattr(self.model, "hazard", None)
         hazard = None if hazard is None else hazard.imagined
         gate = self._make_gate()
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard, eager=eager)
 
     def _make_gate(self) -> Gate:
         config = self.config
