@@ -29,7 +29,7 @@ class AgentConfig(CourseConfig):
     samples_z: int = 0  # sampled futures of each candidate, whose mean energy is its cost; 0: the one of the prior's mean
     looks: int = 8  # sampled futures of the chosen plan, for `Decision.imagined`, its spread and the gate
     chunk: int = 512  # futures imagined at once; bounds memory
-    risk_weight: float = 0.0  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
+    risk_weight: float = 0.5  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
     caution: float = 2.0  # the same of the plan that is made when the gate has refused one
     refusals: int = 10  # holds in a row after which it hands over
 
@@ -112,7 +112,7 @@ class Agent:
     it makes a more cautious one, then a smaller step, then answers with `fallback` [A] (zeros without), and after some of
     those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
-    `config.risk_weight` it avoids steps that are likely to go wrong. `eager` plans where it is stuck, instead of `planner`.
+    `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one.
     """
 
     def __init__(
@@ -125,10 +125,9 @@ class Agent:
         fallback: np.ndarray | None = None,
         propose: Propose | None = None,
         hazard: Hazard | None = None,
-        eager: Planner | None = None,
     ) -> None:
         self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
-        self.hazard, self.eager = hazard, eager or planner
+        self.hazard = hazard
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
@@ -263,7 +262,7 @@ class Agent:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
         config, generator = self.config, self._generator
         cost = self._cost(context, horizon, config.risk_weight)
-        planner = self.eager if self._course.stuck else self.planner
+        planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
         plan = planner.plan(cost, self._warm_start(horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")

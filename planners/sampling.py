@@ -25,7 +25,7 @@ class SamplingConfig:
     """How a sampling planner searches. Raises ValueError for values that make no sense."""
 
     method: Literal["cem", "icem", "mppi"] = "cem"
-    samples: int = 64  # candidates per iteration
+    samples: int = 40  # candidates per iteration
     iterations: int = 3
     elites: int = 8  # best candidates that the next iteration is drawn around
     std: float | tuple[float, ...] = 0.6  # of the first iteration's noise; one number, or one for each action dimension
@@ -39,6 +39,7 @@ class SamplingConfig:
     hold: float = 0.6  # probability of 0 in the first iteration's choices
     margin: float = 0.2  # share of its cost that a plan must gain by moving the gripper: what an opening that is nearer to
     # the goal's gains by itself stays below it, a grasp or a release above
+    eager_margin: float = 0.1  # the same of an eager planner, for where there is no progress by moving the hand
     smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
     colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white
     keep: float = 0.3  # iCEM: share of the elites that stay candidates
@@ -53,7 +54,7 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.elites > self.samples:
             raise ValueError(f"elites is {self.elites} of {self.samples} samples: expected at most as many")
-        for name in ("momentum", "smoothing", "keep", "hold", "margin"):
+        for name in ("momentum", "smoothing", "keep", "hold", "margin", "eager_margin"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more, and less than 1")
         momenta = self.momentum_std if isinstance(self.momentum_std, tuple) else (self.momentum_std or 0.0,)
@@ -94,6 +95,11 @@ class SamplingPlanner:
     """The refinement loop. The result is never worse than the warm start, and was evaluated as it is."""
 
     config: SamplingConfig = SamplingConfig()
+
+    @property
+    def eager(self) -> SamplingPlanner:
+        """The same, but content with a smaller gain by the gripper."""
+        return replace(self, config=replace(self.config, margin=self.config.eager_margin))
 
     @torch.no_grad()
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:

@@ -63,7 +63,7 @@ def test_a_planner_keeps_away_from_it(head):
     energy = lambda imagined, actions: (1 + actions[..., 0].mean(-1))[:, :, None]  # noqa: E731  the lower, the better
     found = {}
     for weight in (0.0, 5.0):
-        cost = imagine(World(), context, energy, 1, None, hazard=head.imagined, risk_weight=weight)
+        cost = imagine(World(), context, energy, 1, None, hazard=head, risk_weight=weight)
         planner = SamplingPlanner(SamplingConfig(gripper="gaussian"))
         found[weight] = planner.plan(cost, torch.zeros(1, 1, 2), torch.Generator().manual_seed(0)).actions[0, 0, 0]
     assert found[0.0] < -0.9 < -0.3 < found[5.0]

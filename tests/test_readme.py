@@ -77,7 +77,7 @@ def test_the_loop_runs(weights, tmp_path):
     if weights == "shipped" and not model.shipped().exists():
         pytest.skip("no weights ship yet")
     assert len(LOOP.strip().splitlines()) <= 15
-    code = replaced(LOOP, '-v0")', '-v0", max_steps=2)')
+    code = replaced(LOOP, '-v0"),', '-v0", max_steps=2),')
     if weights == "tiny":
         code = replaced(code, "model.load()", f"model.load({str(tiny(tmp_path))!r})")
     names: dict = {}

@@ -43,17 +43,17 @@ class Hazard(nn.Module):
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
 
-    def forward(self, after: Features, actions: Tensor) -> Tensor:
+    def log_odds(self, after: Features, actions: Tensor) -> Tensor:
         """Log odds [...] of an event: after with patches [..., P, D] and proprio [..., S], actions [..., A]."""
         proprio = (after.proprio - self.proprio_mean) / self.proprio_std
         x = torch.cat((self.squeeze(after.patches).flatten(-2), proprio, actions), -1)
         return self.out(F.gelu(self.mix(F.gelu(self.hidden(x)))))[..., 0].float()
 
     @torch.no_grad()
-    def imagined(self, futures: Features, actions: Tensor) -> Tensor:
+    def forward(self, imagined: Features, actions: Tensor) -> Tensor:
         """Probabilities [B, N, K, H] for futures with patches [B, N, K, H, P, D], under actions [B, N, H, A]."""
-        k = futures.patches.shape[2]
-        return self(futures, actions[:, :, None].expand(-1, -1, k, -1, -1)).sigmoid()
+        k = imagined.patches.shape[2]
+        return self.log_odds(imagined, actions[:, :, None].expand(-1, -1, k, -1, -1)).sigmoid()
 
 
 def fit_hazard(
@@ -74,7 +74,7 @@ def fit_hazard(
         set_rate(optimizer, rate, step, steps)
         pick = np.sort(rng.integers(len(after), size=batch))
         with autocast("cpu"):
-            logits = head(*_after(sources[step % len(sources)], frames, after[pick]))
+            logits = head.log_odds(*_after(sources[step % len(sources)], frames, after[pick]))
         optimizer.zero_grad(set_to_none=True)
         F.binary_cross_entropy_with_logits(logits, targets[pick]).backward()
         optimizer.step()
@@ -85,7 +85,7 @@ def judge_hazard(head: Hazard, outcomes: Outcomes, frames: Frames, unsafe: np.nd
     """How well the head ranks and how honest it is on other steps: area under the ROC curve, expected calibration error."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])
     parts = np.array_split(after, max(1, len(after) // 512))
-    told = np.concatenate([head(*_after(outcomes, frames, part)).sigmoid().numpy() for part in parts])
+    told = np.concatenate([head.log_odds(*_after(outcomes, frames, part)).sigmoid().numpy() for part in parts])
     return {"hazard_auroc": auroc(told, unsafe[after] > 0), "hazard_ece": calibration_error(told, unsafe[after] > 0),
             "hazard_rate": float((unsafe[after] > 0).mean())}  # fmt: skip
 

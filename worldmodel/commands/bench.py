@@ -111,8 +111,8 @@ class Config:
     """of features"""
     proprio_weight: float | None = None
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
-    risk_weight: float | None = None
-    """of the probability that a step goes wrong, in a plan's cost (default: 0.5 where the model has a hazard head, else 0)"""
+    risk_weight: float = 0.5
+    """of the probability that a step goes wrong, in a plan's cost, where the model has a hazard head"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -265,16 +265,11 @@ def resolved(config: Config) -> Config:
     path = config.model or model.shipped()
     if config.env.id:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
-    able = config.goal == "final" and config.policy in BUDGETS and model.holds(path, "proposer")
+    able = config.goal == "final" and config.policy in BUDGETS and model.proposes(path)
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
     if config.propose == "auto":
         filled["propose"] = "always" if able and config.task == "pick-place" else "never"
-    cautious = config.policy in BUDGETS and model.holds(path, "hazard")
-    if config.risk_weight and not cautious:
-        raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
-    if config.risk_weight is None:
-        filled["risk_weight"] = 0.5 if cautious else 0.0
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)

@@ -112,9 +112,8 @@ class Player:
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
             scale = tuple((2 * self.model.predictor.proprio_std).tolist())
         energy = EnergyConfig(config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=scale)
-        names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "gripper")
-        search = SamplingConfig(config.planner, **{name: getattr(config, name) for name in names})
-        planner, eager = SamplingPlanner(search), SamplingPlanner(replace(search, margin=config.eager_margin))
+        names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "eager_margin", "gripper")
+        planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
         simulated = config.policy == "simulator"
         world = self.model
         if simulated:
@@ -128,9 +127,8 @@ class Player:
         )  # fmt: skip
         propose = self.model.proposer.propose if config.propose == "always" else None
         hazard = getattr(self.model, "hazard", None)
-        hazard = None if hazard is None else hazard.imagined
         gate = self._make_gate()
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard, eager=eager)
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
 
     def _make_gate(self) -> Gate:
         config = self.config
@@ -143,7 +141,7 @@ class Player:
         """The safety gate of this player's model."""
         hazard = getattr(self.model, "hazard", None)
         sampled = self.config.policy == "planner" and self.model.latent_dim > 0
-        return SafetyGate(limits, None if hazard is None else hazard.imagined, density, sampled)
+        return SafetyGate(limits, hazard, density, sampled)
 
 
 class Paced:
