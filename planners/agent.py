@@ -21,6 +21,7 @@ from planners.course import Course, CourseConfig, at_least
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
+
 @dataclass(frozen=True)
 class AgentConfig(CourseConfig):
     """How an agent looks ahead and moves on. Raises ValueError for values that make no sense."""
@@ -167,7 +168,8 @@ class Agent:
         than the goal or with NaN, and where nothing that the model imagines has a finite energy.
         """
         start = time.perf_counter()
-        self.watch(obs, ran)
+        under_way = [self._action(action, "action under way") for action in under_way]
+        self._take_in(obs, ran)
         if self.last is not None and self.last.answer == "hand over":  # until reset
             self.last = replace(self.last, seconds=time.perf_counter() - start)
             return self.fallback.copy()
@@ -177,7 +179,7 @@ class Agent:
         observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
         decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
         if decision is None:
-            decision = self._decide(context, observed, self._course.horizon())
+            decision = self._decide(context, observed, self._course.look())
             self._course.promise(decision.energy)
         self._holds = 0 if decision.verdict.go else self._holds + 1
         action, *later = np.clip(decision.plan.actions[0, self._age :].numpy(force=True), -1, 1).astype(np.float32)
@@ -192,22 +194,36 @@ class Agent:
     @torch.no_grad()
     def watch(self, obs: Obs, ran: np.ndarray | None = None) -> None:
         """Take in an observation, and the action that `ran` before it, without a decision. Raises as `act` does."""
+        self._take_in(obs, ran)
+        self._expected = None  # was of this observation, and the gate is asked about the next one
+
+    def _take_in(self, obs: Obs, ran: np.ndarray | None) -> None:
         if not self._energies:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
         checked = _checked(obs, "observation", self._shape)
-        ran = self._answer if ran is None else np.array(ran, np.float32)
+        ran = self._answer if ran is None else self._action(ran, "action that ran")
+        if not np.array_equal(ran, self._answer):
+            self._expected = None
         self._notice(np.asarray(checked["pixels"]), ran)
         if self._features:
             self._actions.append(torch.from_numpy(ran))
         self._features.append(self.model.encode(checked))
 
+    def _action(self, action: np.ndarray, what: str) -> np.ndarray:
+        """An action float32 [A] from outside; raises ValueError where it is none."""
+        action = np.array(action, np.float32)
+        if action.shape != (self.model.action_dim,) or not np.isfinite(action).all():
+            raise ValueError(f"expected an {what} of {self.model.action_dim} finite numbers, got {action}; give what the robot was told")
+        return action
+
     def _ahead_of(self, context: Context, under_way: Sequence[np.ndarray]) -> Context:
         """A context that ends where the actions under way will have led, as imagined."""
-        if not len(under_way):
+        if not under_way:
             return context
-        actions = torch.from_numpy(np.stack(under_way).astype(np.float32))[None].to(context.actions)  # [1, n, A]
+        actions = torch.from_numpy(np.stack(under_way))[None].to(context.actions)  # [1, n, A]
         imagined = self.model.rollout(context, actions[:, None], self.model.sample_z((1, 1, 1, len(under_way)), None))
-        features = (torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in zip(context.features, imagined))
+        pairs = zip(context.features, imagined)
+        features = (None if now is None or later is None else torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in pairs)
         return Context(Features(*features), torch.cat((context.actions, actions), 1))
 
     def _kept(self, observed: float) -> Decision | None:

@@ -39,7 +39,8 @@ def at_least(config: object, **least: float) -> None:
 class Course:
     """Passes from sub-goal to sub-goal: by step budgets, by energy, or where it is stuck; back to the first where one has failed.
 
-    `subgoal` is the index of the one that is pursued, `stuck` whether the last steps brought no progress. Each step: `observe`, `horizon`, `promise` where a plan was made, `step`.
+    `subgoal` is the index of the one that is pursued, `stuck` whether the last steps on the way to it brought no progress
+    when it was looked at last. Each step: `observe`, then `look` and `promise` where a plan is made, then `step`.
     """
 
     def __init__(self, config: CourseConfig, count: int) -> None:
@@ -75,8 +76,8 @@ class Course:
             return self._pursue(self.subgoal + 1, energy_to)
         return self._leave(energy_to) if self._since >= self._budget[self.subgoal] else observed
 
-    def horizon(self) -> int:
-        """How many steps to look ahead; where it is stuck, as many as there are."""
+    def look(self) -> int:
+        """Notice whether it is stuck, and say how many steps to look ahead; where it is, the countdown begins anew."""
         config = self.config
         self.stuck = self._is_stuck()
         self._ahead = 0 if self.stuck else self._ahead
@@ -104,7 +105,7 @@ class Course:
 
     def _pursue(self, subgoal: int, energy_to: Callable[[int], float]) -> float:
         before = self._trail[:-1] if subgoal == self.subgoal else []  # the same again: how far it was at first still counts
-        self.subgoal, self._since, self._ahead, self._done = subgoal, 0, 0, False
+        self.subgoal, self._since, self._ahead, self.stuck, self._done = subgoal, 0, 0, False, False
         self._trail = [*before, energy_to(subgoal)]
         return self._trail[-1]
 

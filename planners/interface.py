@@ -29,12 +29,12 @@ class Plan:
     """The actions to run, and what they cost."""
 
     actions: Tensor  # float32 [B, H, A], exactly what would run
-    cost: Tensor  # float32 [B], equals cost(actions[:, None])[:, 0]; infinite where that is NaN
+    cost: Tensor  # float32 [B], equals cost(actions[:, None])[:, 0] but for rounding; infinite where that is NaN
     elite_std: Tensor  # float32 [B, H, A], how far apart the last candidates were that the plan was refined from
 
 
 class Planner(Protocol):
-    """Searches actions of low cost."""
+    """Searches actions of low cost. One may have `eager`, a Planner that the agent asks instead where there is no progress."""
 
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
         """Improve on warm_start [B, H, A] (zeros where nothing is known); all randomness comes from the generator."""

@@ -99,7 +99,7 @@ class SamplingPlanner:
     @property
     def eager(self) -> SamplingPlanner:
         """The same, but content with a smaller gain by the gripper."""
-        return replace(self, config=replace(self.config, margin=self.config.eager_margin))
+        return replace(self, config=replace(self.config, margin=min(self.config.margin, self.config.eager_margin)))
 
     @torch.no_grad()
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
@@ -257,7 +257,8 @@ def _settle(cost: Cost, nominal: Tensor, best: Tensor, centre: Tensor, config: S
     than their gripper, whose part in the cost may be small, so the centre is compared with itself, without any motion of the
     gripper, and with one motion at each step. Of motions that are equal within the margin the latest is taken where it closes,
     for a grasp can be made up later, a wrong one often not be undone; and the earliest where it opens, for a hand that moves
-    off first drops from higher. Never worse than the nominal plan; all are evaluated side by side.
+    off first drops from higher. The cheapest of the three is taken where it is better than that by the margin, or the nominal
+    one where it is better at all. All are evaluated once more, side by side.
     """
     chosen, horizon, plans = _choices(config), nominal.shape[1], [nominal, best, centre]
     if chosen:
@@ -274,9 +275,11 @@ def _settle(cost: Cost, nominal: Tensor, best: Tensor, centre: Tensor, config: S
     step = torch.arange(horizon, device=costs.device)  # each motion's rank among equals: closing late, opening early
     rank = torch.where(opens[:, None], torch.cat((step - horizon, horizon - step)), torch.cat((step + 1, -step - 1)))
     motion = torch.where(moved <= least + config.margin * least.abs(), rank, -horizon - 1).argmax(1)
-    pays = moved[rows, motion] < still - config.margin * still.abs()
+    found = moved[rows, motion]
+    pays = (found < still - config.margin * still.abs()) | (torch.isfinite(found) & ~torch.isfinite(still))
     single = torch.where(pays, 4 + motion, 3)
-    worse = (costs[rows, single] > costs[:, 0]) | (value < costs[rows, single] - config.margin * costs[rows, single].abs())
+    own = costs[rows, single]
+    worse = (own > costs[:, 0]) | (value < own - config.margin * own.abs()) | ~torch.isfinite(own)
     index = torch.where(worse, which, single)
     return plans[rows, index], costs[rows, index]
 

@@ -317,7 +317,7 @@ def test_a_refused_plan_is_answered_with_a_safer_one():
             return Verdict(size <= self.limit, size, self.limit, "size")
 
     hazard = lambda imagined, actions: (actions[:, :, None].abs().amax(-1) > 0.3).float()  # noqa: E731
-    agent = agent_of(gate=Limited(0.5))
+    agent = agent_of(config=AgentConfig(risk_weight=0.0), gate=Limited(0.5))
     agent.hazard = hazard
     cautious = go(agent, Plane(), 1, FAR)[0]
     assert cautious.answer == "cautious plan" and 0 < np.abs(cautious.action).max() <= 0.5
@@ -433,3 +433,20 @@ def test_what_really_ran_is_remembered():
     agent.act(world.step(ran[1]), ran[1])
     context = agent.model.contexts[-1]
     assert context.features.patches.shape[1] == 3 and torch.allclose(context.actions[0], torch.from_numpy(np.stack(ran)))
+
+
+def test_actions_from_outside_are_checked_before_anything_is_decided():
+    agent, world = agent_of(), Plane()
+    agent.reset(picture((0.9, 0.9)))
+    for given in ({"under_way": np.zeros(2)}, {"under_way": [np.full(2, np.nan)]}, {"ran": np.zeros(3)}):
+        with pytest.raises(ValueError, match="2 finite numbers"):
+            agent.act(picture(world.position), **given)
+        assert agent.last is None
+    assert agent.act(picture(world.position), under_way=np.zeros((2, 2))).shape == (2,)  # an array of them will do
+
+
+def test_without_proprioception_it_plans_ahead_as_well():
+    agent = agent_of()
+    agent.reset({"pixels": picture((0.9, 0.9))["pixels"]})
+    agent.act({"pixels": picture((0.2, 0.2))["pixels"]}, under_way=[np.ones(2, np.float32)])
+    assert agent.model.contexts[-1].features.proprio is None

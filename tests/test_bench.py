@@ -283,7 +283,7 @@ def test_a_world_that_does_not_wait_runs_the_last_plan_while_a_decision_is_late(
 def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
     config = Config(tmp_path / "run", model=model_file, realtime=True, episodes=1, max_steps=4, samples=4, iterations=1, elites=2)
     summary = bench.run(config)
-    assert 0 <= summary["late_rate"] <= 0.75 and "began without" in bench.report(summary)
+    assert 0 <= summary["late_rate"] <= 0.75 and "began while" in bench.report(summary)
     episode = json.loads((tmp_path / "run" / "results.json").read_text())["episodes"][0]
     assert episode["late"] + len(episode["decision_seconds"]) == episode["steps"] == 4
 

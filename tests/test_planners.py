@@ -16,7 +16,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def planner(method: str, **fields) -> SamplingPlanner:
-    return SamplingPlanner(SamplingConfig(**{"method": method, "gripper": "gaussian", **fields}))
+    return SamplingPlanner(SamplingConfig(**{"method": method, "gripper": "gaussian", "samples": 64, **fields}))
 
 
 def quadratic(optimum: torch.Tensor):
@@ -216,3 +216,13 @@ def test_bad_warm_starts_and_costs_are_refused():
         SamplingPlanner(SamplingConfig(std=(1.0, 1.0, 1.0))).plan(cost, torch.zeros(1, 2, 4), seeded())
     with pytest.raises(ValueError, match="gripper_dims"):
         SamplingPlanner(SamplingConfig(gripper_dims=(9,))).plan(cost, torch.zeros(1, 2, 4), seeded())
+
+
+def test_a_plan_that_costs_nan_never_runs_where_another_does_not():
+    """Whatever leaves the gripper alone costs NaN, the warm start too."""
+
+    def cost(actions):
+        return torch.where(actions[..., -1].abs().amax(2) < 0.5, torch.nan, actions[..., 0].mean(2))
+
+    plan = planner("cem").plan(cost, torch.zeros(2, 2, 4), seeded())
+    assert torch.isfinite(plan.cost).all() and torch.isfinite(cost(plan.actions[:, None])).all()

@@ -7,7 +7,7 @@ import torch
 from worldmodel import proposer as proposals
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Features
-from worldmodel.model import LatentModel, load, proposes
+from worldmodel.model import LatentModel, holds, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.propose import ProposalConfig, keyframes, propose_losses
 from worldmodel.proposer import Proposer, ProposerConfig
@@ -85,5 +85,5 @@ def test_a_model_keeps_its_proposer(tmp_path):
     LatentModel(*parts).save(tmp_path / "without.safetensors")
     again = load(tmp_path / "with.safetensors").proposer
     assert all(torch.equal(a, b) for a, b in zip(made().state_dict().values(), again.state_dict().values(), strict=True))
-    assert proposes(tmp_path / "with.safetensors") and not proposes(tmp_path / "without.safetensors")
+    assert holds(tmp_path / "with.safetensors", "proposer") and not holds(tmp_path / "without.safetensors", "proposer")
     assert load(tmp_path / "without.safetensors").proposer is None

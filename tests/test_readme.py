@@ -12,6 +12,7 @@ import torch
 from worldmodel import data, model
 from worldmodel.commands import cli
 from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.hazard import Hazard
 from worldmodel.predictor import Predictor, PredictorConfig
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,8 @@ def tiny(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = VideoEncoder(encoder), Predictor(PredictorConfig(24, encoder.grid, embed_dim=24, depth=1, num_heads=1))
-    model.LatentModel(*parts).save(folder / "model.safetensors")
+    hazard = Hazard(24, encoder.patches, 7, 4)
+    model.LatentModel(*parts, hazard=hazard).save(folder / "model.safetensors")
     return folder / "model.safetensors"
 
 

@@ -1,18 +1,21 @@
 """Pretraining, predictor training and probes on tiny data: they learn, resume bit-exactly, and refuse what does not fit."""
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from worldmodel.checkpoint import load_tensors, save_tensors
-from worldmodel.data import Dataset, checksum, episode_path, write_episode, write_recipe
+from worldmodel.data import Dataset, Frames, checksum, episode_path, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, pretrain
+from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import Labels, attentive, ridge
 from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate
@@ -240,3 +243,29 @@ def test_schedule_and_rank():
     assert rates[0] < 0.2 and max(rates) == 1.0 and rates[-1] < 0.05
     assert effective_rank(torch.randn(500, 4)) == pytest.approx(4, abs=0.2)
     assert effective_rank(torch.randn(500, 1) @ torch.ones(1, 4)) == pytest.approx(1, abs=0.01)
+
+
+def test_all_outcomes_are_imagined_in_pieces_as_in_one(monkeypatch):
+    from worldmodel import train as module
+    from worldmodel.hazard import Outcomes
+
+    rng = np.random.default_rng(0)
+    offsets = np.array([0, 9, 10, 17])
+    proprio, actions = rng.normal(size=(17, 7)).astype(np.float32), rng.normal(size=(17, 4)).astype(np.float32)
+    frames = Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * 3)
+    seen = Outcomes(rng.normal(size=(17, 16, 12)).astype(np.float16), proprio)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        predictor = Predictor(PredictorConfig(12, (4, 4), embed_dim=24, depth=2, num_heads=2)).requires_grad_(False)
+        for head in (predictor.to_features, predictor.to_proprio):
+            torch.nn.init.normal_(head.weight, std=0.1)
+    told = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in (32, 2):
+            monkeypatch.setattr(module, "IMAGINED_AT_ONCE", size)
+            monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(*shape))
+            told.append(module.imagined_outcomes(predictor, seen, frames, Path(folder, str(size)), 0))
+        for x in (told[0].patches, told[1].patches):
+            assert np.array_equal(x[offsets[:-1]], seen.patches[offsets[:-1]])
+        assert np.allclose(told[0].patches, told[1].patches, atol=0.02) and np.allclose(told[0].proprio, told[1].proprio, atol=0.02)
+        assert not np.allclose(told[0].patches, seen.patches, atol=0.02)

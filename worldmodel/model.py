@@ -179,10 +179,10 @@ def _predictor(config: dict) -> Predictor | ACPredictor:
     return ACPredictor(ACConfig(**config)) if config.get("name") == AC else Predictor(PredictorConfig(**config))
 
 
-def proposes(path: str | Path) -> bool:
-    """Whether a file holds a model with a proposer."""
+def holds(path: str | Path, part: str) -> bool:
+    """Whether a file holds a model with that part: proposer, hazard, reader."""
     _, config, _ = load_tensors(path, *MAKERS)
-    return bool(config.get("proposer"))
+    return bool(config.get(part))
 
 
 def shipped() -> Path:

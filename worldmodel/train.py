@@ -30,6 +30,7 @@ from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
 from worldmodel.training import Run, optimizer_for, seeded, set_rate
 
+IMAGINED_AT_ONCE = 32  # frames, when all outcomes are imagined; bounds memory
 READER_EPOCHS = 6  # passes of the proprioception reader over the frames
 
 
@@ -160,19 +161,22 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
 @torch.no_grad()
 def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path: Path, seed: int) -> Outcomes:
     """Every frame as imagined from those before it, under one sampled z; the first of an episode as it is. Kept in a file."""
+    past = predictor.config.window - 1
     patches = np.memmap(path, np.float16, "w+", shape=seen.patches.shape)
     proprio = frames.proprio.copy()
     generator = torch.Generator().manual_seed(seed)
     for begin, end in tqdm(list(itertools.pairwise(frames.offsets)), desc="imagine", unit="episode", delay=2):
         patches[begin] = seen.patches[begin]
-        if end - begin == 1:
-            continue
-        clip, actions = _clip(seen.patches, frames, np.arange(begin, end)[None], predictor.norm.weight.device)
-        now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
-        noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
-        with autocast(actions.device):
-            after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
-        patches[begin + 1 : end], proprio[begin + 1 : end] = after.patches[0].numpy(force=True), after.proprio[0].numpy(force=True)
+        for first in range(begin, end - 1, IMAGINED_AT_ONCE):
+            start, stop = max(begin, first - past), min(first + IMAGINED_AT_ONCE, end - 1)  # frames to imagine from
+            clip, actions = _clip(seen.patches, frames, np.arange(start, stop + 1)[None], predictor.norm.weight.device)
+            now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
+            noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
+            with autocast(actions.device):
+                after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
+            own = slice(first - start, None)  # those before serve as past
+            patches[first + 1 : stop + 1] = after.patches[0, own].numpy(force=True)
+            proprio[first + 1 : stop + 1] = after.proprio[0, own].numpy(force=True)
     return Outcomes(patches, proprio)
 
 
@@ -230,7 +234,6 @@ def train(
     if not run.done:
         return None
     scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
-    predictor.cpu()
     targets = torch.from_numpy(first.proprio)
     reader = fit(features["train"], targets, torch.ones_like(targets), READER_EPOCHS, config.seed)
     seen = slice(None, None, max(1, len(frames["held"]) // 2000))
@@ -239,11 +242,12 @@ def train(
     hazard = None
     if has(data, LABEL):
         unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        with tempfile.TemporaryDirectory(dir=out) as folder:
             seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
             told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), config.seed) for name in parts}
             hazard = fit_hazard([seen["train"], told["train"]], first, unsafe["train"], seed=config.seed)
             scores |= judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
+    predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     LatentModel(encoder, predictor, reader, about, hazard=hazard).save(out / "model.safetensors")
     return out / "model.safetensors"

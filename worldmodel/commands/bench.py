@@ -66,7 +66,7 @@ class Config:
     video: int = 0
     """how many episodes to show as animated WebP beside the results"""
     workers: int = 1
-    """number of processes; changes no result"""
+    """number of processes; changes no result, but where the clock counts: --realtime"""
     threads: int = 1
     """processor threads of each"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -111,8 +111,8 @@ class Config:
     """of features"""
     proprio_weight: float | None = None
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
-    risk_weight: float = 0.5
-    """of the probability that a step goes wrong, in a plan's cost, where the model has a hazard head"""
+    risk_weight: float | None = None
+    """of the probability that a step goes wrong, in a plan's cost (default: 0.5 where the model has a hazard head, else 0)"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -152,8 +152,10 @@ class Config:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
-        if self.realtime and (self.policy != "planner" or self.gate == "random" or self.env.id):
-            raise ValueError("--realtime is for the planner, in the robot's tasks, and not for --gate random")
+        if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
+            raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
+        if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
+            raise ValueError(f"--device {self.device} is for the planner; {self.policy} runs on the processor, and so does --trajectory")
         if self.env.id and self.policy not in FOREIGN:
             raise ValueError(f"in {self.env.id} {', '.join(FOREIGN)} can act, not {self.policy}")
         if self.env.id and self.policy == "planner" and self.model is None:
@@ -244,7 +246,7 @@ def report(result: dict) -> str:
         if result["object"]
         else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians)",
         "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile"
-        + ("" if result["late_rate"] is None else f"; {result['late_rate']:.1%} of the steps began without a new one"),
+        + ("" if result["late_rate"] is None else f"; {result['late_rate']:.1%} of the steps began while one was late"),
         "out": result["out"],
     }
     return "\n".join(f"{name:10}{text}".rstrip() for name, text in rows.items() if text)
@@ -265,11 +267,16 @@ def resolved(config: Config) -> Config:
     path = config.model or model.shipped()
     if config.env.id:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
-    able = config.goal == "final" and config.policy in BUDGETS and model.proposes(path)
+    able = config.goal == "final" and config.policy in BUDGETS and model.holds(path, "proposer")
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
     if config.propose == "auto":
         filled["propose"] = "always" if able and config.task == "pick-place" else "never"
+    cautious = config.policy in BUDGETS and model.holds(path, "hazard")
+    if config.risk_weight and not cautious:
+        raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
+    if config.risk_weight is None:
+        filled["risk_weight"] = 0.5 if cautious else 0.0
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
@@ -329,6 +336,8 @@ def _identity(config: Config) -> dict:
     if not config.env.id:
         del fields["env"]
     del fields["trajectory"]
+    if config.realtime:  # how often a decision is late depends on who shares the processor
+        fields["workers"] = config.workers
     from worldmodel.checkpoint import sha256_of
 
     told = config.policy in TOLD

@@ -41,8 +41,8 @@ class Config(bench.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory:
-            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env and --trajectory")
+        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime:
+            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory and --realtime")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
         if not (0 < self.risk < 1 and 0 < self.alarm < 1):

@@ -119,7 +119,9 @@ class Player:
         if simulated:
             known = isinstance(self.model, model.LatentModel)
             encoder = self.model.encoder if known else self.model
-            world = SimulatorModel(encoder, self.env, "last" if config.energy == "last" else "all", self.model if known else None)
+            judged = config.risk_weight and getattr(self.model, "hazard", None) is not None
+            drawn = "last" if config.energy == "last" and not judged else "all"
+            world = SimulatorModel(encoder, self.env, drawn, self.model if known else None)
         look = AgentConfig(
             horizon=config.horizon, countdown=config.countdown, replan=config.replan,
             samples_z=0 if simulated else config.samples_z, looks=1 if simulated else 8, subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
@@ -149,7 +151,8 @@ class Paced:
 
     A decision starts from the picture at a step's beginning; its action begins with the next step, or where it takes longer,
     with the first one after it. Until then the last decision's action runs, then what its plan has left, then the
-    fallback. The clock is the decisions' own, as measured; the simulator's time does not count.
+    fallback; it is planned as if it will take as many steps as the decision before it. The clock is the decisions' own, as
+    measured; the simulator's time does not count.
     """
 
     def __init__(self, agent: Agent, period: float) -> None:
@@ -157,7 +160,7 @@ class Paced:
         self.late = False  # whether the present step began while a decision was still being made
         self._queue: list[np.ndarray] = []  # actions to run from the present step on
         self._decided: list[np.ndarray] = []  # what will be the queue
-        self._wait = 0  # steps until then
+        self._wait, self._usual = 0, 1  # steps until then; that the last decision took
         self._ran: np.ndarray | None = None
 
     def __call__(self, obs: dict) -> np.ndarray:
@@ -170,9 +173,10 @@ class Paced:
         if self.late:
             self.agent.watch(obs, self._ran)
         else:
-            first = self.agent.act(obs, self._ran, [action])
+            ahead = [*self._queue, *[self.agent.fallback] * self._usual][: self._usual - 1]
+            first = self.agent.act(obs, self._ran, [action, *ahead])
             self._decided = [first, *self.agent.last.later]
-            self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
+            self._wait = self._usual = max(1, math.ceil(self.agent.last.seconds / self.period))
         self._ran = action
         return action
 

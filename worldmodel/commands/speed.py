@@ -75,6 +75,7 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.commands.policies import Player
+    from worldmodel.predictor import Predictor
 
     if config.out is not None and config.out.exists() and any(config.out.iterdir()):
         raise FileExistsError(f"{config.out} is not empty; choose another --out")
@@ -82,6 +83,8 @@ def run(config: Config) -> dict:
     budget = {name: getattr(config, name) for name in ("samples", "iterations", "horizon")}
     played = bench.resolved(bench.Config(out=Path("."), model=config.model, seed=config.seed, threads=config.threads, **budget))
     player = Player(played)
+    if not isinstance(player.model.predictor, Predictor):
+        raise ValueError(f"{played.model} has a predictor of others; `worldmodel energy` says what planning with it costs")
     steps = [
         lambda: machine(config.threads),
         lambda: decisions(player, config),
@@ -92,8 +95,10 @@ def run(config: Config) -> dict:
     steps += [lambda: {"growth": grown(player.model, played)}] if config.growth else []
     steps += [lambda: training(player.model), collecting] if config.training else []
     result = {"model": str(played.model), "samples": played.samples, "iterations": played.iterations, "horizon": played.horizon}
-    for step in tqdm(steps, desc="speed", unit="part"):
-        result |= step()
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # of random weights and inputs, whose values no time depends on
+        for step in tqdm(steps, desc="speed", unit="part"):
+            result |= step()
     player.close()
     _add_ratios(result)
     if config.out is not None:
@@ -114,7 +119,7 @@ def timed(work: Callable, least: int = 5, seconds: float = 0.5, best: bool = Fal
 
 
 def counted(work: Callable) -> int:
-    """Floating-point operations of the matrix products in `work()`."""
+    """Floating-point operations of the matrix products in `work()`; torch does not count fused attention, the encoder's."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
