@@ -8,7 +8,6 @@ multiplied. All ratios are within the one run. --out gets speed.json and a plot 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -23,9 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.commands import bench
+from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
 
-LEWM_BUDGET = (300, 10, 5)  # candidates, iterations, steps
-AC_BUDGET = (800, 10, 1)
 GROWTH = {  # a decade each
     "candidates": (16, 32, 64, 160),
     "horizon": (1, 2, 4, 10),
@@ -107,17 +105,6 @@ def run(config: Config) -> dict:
     return result
 
 
-def timed(work: Callable, least: int = 5, seconds: float = 0.5, best: bool = False) -> float:
-    """Seconds that `work()` takes after a first call: the median, or the best, of `least` calls, and more for so many seconds."""
-    work()
-    taken: list[float] = []
-    while len(taken) < least or sum(taken) < seconds:
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return min(taken) if best else float(np.median(taken))
-
-
 def counted(work: Callable) -> int:
     """Floating-point operations of the matrix products in `work()`; torch does not count fused attention, the encoder's."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -145,16 +132,6 @@ def machine(threads: int) -> dict:
         "processor": name, "cores": os.cpu_count(), "units": units, "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads, "precision": precision_used(), "peak_gflops": peak,
     }  # fmt: skip
-
-
-def precision_used() -> str:
-    """The precision of the models' matrix products here."""
-    import torch
-
-    from worldmodel.encoder import autocast
-
-    with autocast("cpu"):
-        return "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
 
 
 class Clock:
@@ -241,72 +218,6 @@ def problem(world, samples: int, horizon: int, samples_z: int = 1) -> tuple:
     context = Context(features, torch.zeros(1, shape[1] - 1, world.action_dim))
     actions = torch.rand(1, samples, horizon, world.action_dim) * 2 - 1
     return context, actions, torch.randn(1, samples, samples_z, horizon, world.latent_dim)
-
-
-def lewm() -> dict:
-    """Seconds of a plan with a predictor of LeWM's size (arXiv 2603.19312): one 192-wide token a frame, three frames.
-
-    Six blocks, 16 heads of 64, 2048 hidden units, modulated by the action: 10.8M parameters.
-    """
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    from worldmodel.encoder import autocast
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv, self.out = nn.Linear(192, 3 * 1024), nn.Linear(1024, 192)
-            self.up, self.down = nn.Linear(192, 2048), nn.Linear(2048, 192)
-            self.modulate = nn.Linear(192, 6 * 192)
-
-        def forward(self, x, condition):
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition)).chunk(6, -1)
-            y = F.layer_norm(x, (192,)) * (1 + scale1) + shift1
-            q, k, v = self.qkv(y).unflatten(-1, (3, 16, 64)).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-            x = x + gate1 * self.out(y)
-            y = F.layer_norm(x, (192,)) * (1 + scale2) + shift2
-            return x + gate2 * self.down(F.gelu(self.up(y)))
-
-    candidates, iterations, steps = LEWM_BUDGET
-    blocks = nn.ModuleList(Block() for _ in range(6))
-    history, actions = torch.randn(candidates, 3, 192), torch.randn(candidates, 3, 192)
-
-    @torch.no_grad()
-    def iteration():
-        x = history
-        for _ in range(steps):
-            y = x
-            for block in blocks:
-                y = block(y, actions)
-            x = torch.cat((x[:, 1:], y[:, -1:]), 1).float()
-
-    with autocast("cpu"):
-        seconds = iterations * timed(iteration, least=3)
-    return {"lewm": {"parameters": sum(p.numel() for p in blocks.parameters()), "plan_seconds": seconds}}
-
-
-def vjepa2_ac() -> dict:
-    """Seconds of a plan with V-JEPA 2-AC's predictor: one step of one of four candidates, times all of a plan."""
-    import torch
-
-    from worldmodel.interface import Features
-    from worldmodel.vjepa2_ac import ACConfig, ACPredictor
-
-    config, dtype = ACConfig(), getattr(torch, precision_used())
-    predictor = ACPredictor(config).to(dtype).eval().requires_grad_(False)
-    now = Features(torch.randn(4, 1, predictor.patches, config.feature_dim, dtype=dtype), torch.randn(4, 1, 7, dtype=dtype))
-    actions, z = torch.zeros(4, 1, 7, dtype=dtype), torch.zeros(4, 1, 0, dtype=dtype)
-    seconds = timed(lambda: predictor(now, actions, z), least=2) / 4
-    return {
-        "vjepa2_ac": {
-            "parameters": sum(p.numel() for p in predictor.parameters()),
-            "candidate_step_seconds": seconds,
-            "plan_seconds": seconds * float(np.prod(AC_BUDGET)),
-        }
-    }
 
 
 def grown(world, played: bench.Config) -> dict:
@@ -422,6 +333,7 @@ def _write(folder: Path, result: dict) -> None:
 def _plot(growth: dict):
     """Seconds of a search's iteration along each size, and a straight line through the first point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure((3.2 * len(growth), 3.2), layout="constrained", dpi=110)
     for axes, (name, row) in zip(np.atleast_1d(figure.subplots(1, len(growth))), growth.items()):
@@ -429,6 +341,8 @@ def _plot(growth: dict):
         axes.loglog(sizes, 1000 * seconds, marker="o", label="measured")
         axes.loglog(sizes, 1000 * seconds[0] * sizes / sizes[0], ls=":", color="grey", label="linear")
         axes.set(title=f"exponent {row['exponent']:.2f}", xlabel=name)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("ms for one batch of plans")
     figure.axes[0].legend()
