@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["TASKS", "EnvConfig", "EnvState", "Foreign", "PandaEnv", "adapt", "make", "register"]
 _HERE = {"base": ("EnvConfig", "EnvState", "PandaEnv"), "tasks": ("TASKS",), "foreign": ("Foreign", "adapt")}
 _IDS = {"PandaReach-v0": "reach", "PandaGrasp-v0": "grasp", "PandaReachWithObject-v0": "reach-with-object",
-        "PandaPickPlace-v0": "pick-place"}  # fmt: skip
+        "PandaPickPlace-v0": "pick-place", "PandaPickPlaceFragile-v0": "pick-place-fragile"}  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -59,7 +59,7 @@ def _make_registered(
 
 
 def register() -> None:
-    """Tell Gymnasium the four ids; also the target of the entry point `gymnasium.envs`. Calling it again changes nothing."""
+    """Tell Gymnasium the ids; also the target of the entry point `gymnasium.envs`. Calling it again changes nothing."""
     for name, task in _IDS.items():
         if name not in gym.registry:
             gym.register(name, entry_point="envs:_make_registered", kwargs={"task": task})

@@ -20,6 +20,7 @@ from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 
 OBJECT_FORCE_LIMIT = 100.0  # N, on the object from any one body; a firm grip is 50, fingers closing on a cup up to 95
 TABLE_FORCE_LIMIT = 60.0  # N
+POST_FORCE_LIMIT = 5.0  # N, on fragile posts: a touch
 DROP_HEIGHT = 0.05  # m
 SETTLE_SECONDS = 0.1
 JOINT_MARGIN = 0.01  # rad
@@ -31,7 +32,7 @@ _HIGH = np.array([1.0, 1.0, 1.2, np.pi, np.pi, np.pi, 0.13], np.float32)
 class EnvConfig:
     """What an environment is made of. Unknown names raise ValueError naming the known ones."""
 
-    task: str = "pick-place"  # reach, grasp, reach-with-object, pick-place
+    task: str = "pick-place"  # reach, grasp, reach-with-object, pick-place, pick-place-fragile
     object: str = "box"  # box, cup
     image_size: int = 96  # pixels, height and width of one view
     cameras: tuple[str, ...] = ("front",)  # front, side, wrist; several are put side by side: pixels [h, w * views, 3]
@@ -113,9 +114,10 @@ class PandaEnv(gym.Env):
         rng = self.np_random
         self.scene.reset()
         self.episode = self.task.draw(self.config.object, rng)
-        places = [pose.object_pos for pose in (self.episode.start, *self.episode.subgoals)]
+        places = [pose.object_pos[:2] for pose in (self.episode.start, *self.episode.subgoals)] + [*self.episode.posts]
         self.variation = self.randomizer.draw(self.config.randomization, np.array(places), rng)
         self.randomizer.apply(self.variation)
+        self.scene.put_posts(self.episode.posts)
         self._steps = self._held_steps = 0
         self._subgoals = [self.observe_at(pose) for pose in self.episode.subgoals]
         self._goal = self._subgoals[-1]
@@ -267,6 +269,9 @@ class PandaEnv(gym.Env):
         peak = max([c.table_force for c in contacts])
         if peak > TABLE_FORCE_LIMIT:
             unsafe["table_force"] = peak
+        peak = max([c.post_force for c in contacts])
+        if peak > POST_FORCE_LIMIT:
+            unsafe["post_force"] = peak
         if any(c.self_collision for c in contacts):
             unsafe["self_collision"] = max(c.self_force for c in contacts)
         height = float(scene.object_pos[2] - scene.spec.half_height)

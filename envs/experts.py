@@ -15,7 +15,7 @@ import numpy as np
 
 from envs.base import EnvConfig
 from envs.control import MAX_OPENING, MOVE, WORKSPACE
-from envs.scene import OBJECTS
+from envs.scene import OBJECTS, POST_HEIGHT
 
 Info = Mapping[str, Any]
 Policy = Callable[[Info], np.ndarray]
@@ -37,6 +37,7 @@ class Style:
     drop_at: int | None = None  # steps after the grasp at which it lets go
     release: float = 0.0  # m over the table at which it lets go
     blind: bool = False  # does not notice that it holds nothing
+    careless: bool = False  # carries as if there were no posts
 
 
 def _length(vector: np.ndarray) -> float:
@@ -52,6 +53,9 @@ class Expert:
         self._rng, self._style = rng, style or Style()
         self._phase = {"reach": self._reach, "reach-with-object": self._deliver}.get(config.task, self._approach)
         self._count = self._holding = 0
+        minds = config.task == "pick-place-fragile" and not self._style.careless
+        self._carried = self._style.carry + (POST_HEIGHT - 0.045 if minds else 0.0)  # m, over the table, the object's foot
+        self._clear = self._carried - 0.01 if minds else 0.02  # m, from where on it moves sideways
 
     def __call__(self, info: Info) -> np.ndarray:
         """Return the action [action_dim] for the state that `info` tells of."""
@@ -98,7 +102,7 @@ class Expert:
     def _close(self, info: Info):
         self._count += 1
         if self._count > 2 or (self._count > 1 and info["privileged/grasped"]):
-            return self._go(self._carry if self._task == "pick-place" else self._lift, info)
+            return self._go(self._carry if self._task.startswith("pick-place") else self._lift, info)
         return info["privileged/tcp_pos"], 0.0
 
     def _lost(self, info: Info) -> bool:
@@ -127,8 +131,8 @@ class Expert:
         held = info["privileged/object_pos"] if info["privileged/grasped"] else tcp
         to_target = target[:2] - held[:2]
         low = self._spec.half_height + self._spec.grasp_height
-        goal = np.array([tcp[0], tcp[1], low + self._style.carry])
-        if tcp[2] > low + 0.02:
+        goal = np.array([tcp[0], tcp[1], low + self._carried])
+        if tcp[2] > low + self._clear:
             goal[:2] += to_target
         if _length(to_target) < 0.01 + self._style.noise * 0.02:
             return self._go(self._lower, info)
@@ -225,6 +229,11 @@ def _styled(rng: np.random.Generator) -> Style:
     return Style(speed=rng.uniform(0.5, 1.0), hover=rng.uniform(0.05, 0.10), carry=rng.uniform(0.04, 0.10))
 
 
+def _careless(config: EnvConfig, often: float, style: Style, rng: np.random.Generator) -> Style:
+    """The style, which where there are posts does not mind them so often."""
+    return replace(style, careless=bool(rng.random() < often)) if config.task == "pick-place-fragile" else style
+
+
 def expert(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return the plain expert of the config's task."""
     return Expert(config, rng)
@@ -237,7 +246,7 @@ def varied(config: EnvConfig, rng: np.random.Generator) -> Policy:
 
 def noisy(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return an expert with noise on its motions and pauses."""
-    return Expert(config, rng, replace(_styled(rng), noise=rng.uniform(0.1, 0.5), pause=rng.uniform(0.0, 0.2)))
+    return Expert(config, rng, _careless(config, 0.3, replace(_styled(rng), noise=rng.uniform(0.1, 0.5), pause=rng.uniform(0.0, 0.2)), rng))
 
 
 def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
@@ -252,7 +261,7 @@ def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
         {"drop_at": int(rng.integers(1, 8))},
         {"release": float(rng.uniform(0.02, 0.08))},
     )
-    return Expert(config, rng, replace(style, **mistakes[kind]))
+    return Expert(config, rng, _careless(config, 0.7, replace(style, **mistakes[kind]), rng))
 
 
 def play(config: EnvConfig, rng: np.random.Generator) -> Policy:

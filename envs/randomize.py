@@ -56,10 +56,11 @@ class Randomizer:
         self._table = scene.model.geom("table").id
         self._materials = [i for i in range(scene.model.nmat) if scene.model.mat(i).name.startswith("table")]
         self._object = scene.model.body("object").id
+        self._mocaps = [int(scene.model.body(f"distractor{i}").mocapid[0]) for i in range(DISTRACTORS)]
         self._things = [i for i in range(scene.model.ngeom) if scene.model.geom(i).name.startswith("object")]
 
     def draw(self, level: str, places: np.ndarray, rng: np.random.Generator) -> Variation:
-        """Draw a variation of a level; distractors keep away from `places` [n, 3], where the object is to be."""
+        """Draw a variation of a level; distractors keep away from `places` [n, 2 or 3], where the object is to be or a post is."""
         amount = LEVELS[level]
         if amount is None:
             return Variation({}, None)
@@ -78,8 +79,8 @@ class Randomizer:
         for name, nominal in self._nominal.items():
             getattr(model, name)[:] = variation.fields.get(name, nominal)
         if variation.distractors is not None:
-            self._scene.data.mocap_pos[:] = variation.distractors[:, :3]
-            self._scene.data.mocap_quat[:] = variation.distractors[:, 3:]
+            self._scene.data.mocap_pos[self._mocaps] = variation.distractors[:, :3]
+            self._scene.data.mocap_quat[self._mocaps] = variation.distractors[:, 3:]
 
     def _field(self, name: str) -> np.ndarray:
         """Copy a field as it is in the XML."""

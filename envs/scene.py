@@ -23,7 +23,8 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CAMERAS = ("front", "side", "wrist")
 HOME = np.array([0.0, 0.1, 0.0, -2.4, 0.0, 2.5, np.pi / 4])  # hand straight down at about (0.50, 0, 0.17)
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-_ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _OTHER = range(6)  # kinds of geom
+_ROBOT, _LEFT, _RIGHT, _TABLE, _OBJECT, _POST, _OTHER = range(7)  # kinds of geom
+_KINDS = 7
 _TOUCH = 0.0005  # m
 _UNSEEN = 5  # group of geoms that are not drawn
 _DRAWN = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # groups that are
@@ -59,13 +60,16 @@ class Contacts(NamedTuple):
     object_force: float  # the largest of: left finger, right finger, rest of the robot, table, on the object
     table_force: float  # robot on the table, or object on the table, whichever is larger
     self_force: float  # robot on robot
+    post_force: float  # robot and object on posts
     self_collision: bool
 
 
-_OWN = (_ROBOT * 6 + _ROBOT, _ROBOT * 6 + _LEFT, _ROBOT * 6 + _RIGHT)  # pairs: the robot and itself
-_ON_OBJECT = [kind * 6 + _OBJECT for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE)]
-_ON_TABLE = [kind * 6 + _TABLE for kind in (_ROBOT, _LEFT, _RIGHT)]
-_NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, False)
+_OWN = tuple(_ROBOT * _KINDS + kind for kind in (_ROBOT, _LEFT, _RIGHT))  # pairs: the robot and itself
+_ON_OBJECT = [kind * _KINDS + _OBJECT for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE)]
+_ON_TABLE = [kind * _KINDS + _TABLE for kind in (_ROBOT, _LEFT, _RIGHT)]
+_ON_POST = [kind * _KINDS + _POST for kind in (_ROBOT, _LEFT, _RIGHT, _OBJECT)]
+_NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, 0.0, False)
+POSTS, POST_HEIGHT, POST_RADIUS = 3, 0.08, 0.012  # how many there are, and m, as in scene.xml
 
 
 def yaw_quat(yaw: float) -> np.ndarray:
@@ -91,7 +95,7 @@ class Renderer:
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         felt = (model.geom_contype != 0) & (model.geom_bodyid != 0)
-        near = [model.geom(i).name.startswith(("object", "hand", "finger", "distractor")) for i in range(model.ngeom)]
+        near = [model.geom(i).name.startswith(("object", "hand", "finger", "distractor", "post")) for i in range(model.ngeom)]
         self._casters = np.flatnonzero(felt & near).tolist()
 
     def draw(self, data: mujoco.MjData, camera: int) -> np.ndarray:
@@ -151,7 +155,7 @@ class Scene:
         self._qvel = int(self.model.joint("object").dofadr[0])
         kind = np.array([self._geom_kind(i) for i in range(self.model.ngeom)])
         self._things, self._robot = np.flatnonzero(kind == _OBJECT), np.flatnonzero(np.isin(kind, (_ROBOT, _LEFT, _RIGHT)))
-        self._pair = (np.minimum(kind[:, None], kind) * 6 + np.maximum(kind[:, None], kind)).tolist()  # [geom][geom]
+        self._pair = (np.minimum(kind[:, None], kind) * _KINDS + np.maximum(kind[:, None], kind)).tolist()  # [geom][geom]
         self._groups = self.model.geom_group.copy()
         bound = self.model.geom_rbound
         self._reach = np.where(bound == 0, np.inf, bound + 1e-3)  # m, of a geom around its middle; 0: a plane has no end
@@ -167,7 +171,7 @@ class Scene:
             return named[name]
         if name.startswith(("link", "hand")):
             return _ROBOT
-        return _OBJECT if name.startswith("object") else _OTHER
+        return _OBJECT if name.startswith("object") else _POST if name.startswith("post") else _OTHER
 
     # What is measured.
 
@@ -213,7 +217,7 @@ class Scene:
         if data.ncon == 0:
             return _NO_CONTACTS
         contact, forces = data.contact, data.efc_force.tolist()
-        force, touch = [0.0] * 36, set()
+        force, touch = [0.0] * _KINDS**2, set()
         # Plain lists: there are a few contacts, and this runs four times a step.
         for (one, other), address, dist in zip(
             contact.geom.tolist(), contact.efc_address.tolist(), contact.dist.tolist()
@@ -225,11 +229,12 @@ class Scene:
                 touch.add(pair)
         on_object, on_table = [force[pair] for pair in _ON_OBJECT], [force[pair] for pair in _ON_TABLE]
         return Contacts(
-            left=_LEFT * 6 + _OBJECT in touch,
-            right=_RIGHT * 6 + _OBJECT in touch,
+            left=_LEFT * _KINDS + _OBJECT in touch,
+            right=_RIGHT * _KINDS + _OBJECT in touch,
             object_force=max(on_object),
-            table_force=max(sum(on_table), force[_TABLE * 6 + _OBJECT]),
+            table_force=max(sum(on_table), force[_TABLE * _KINDS + _OBJECT]),
             self_force=sum([force[pair] for pair in _OWN]),
+            post_force=sum([force[pair] for pair in _ON_POST]),
             self_collision=not touch.isdisjoint(_OWN),
         )
 
@@ -249,6 +254,12 @@ class Scene:
         data.qvel[:] = 0
         data.qacc_warmstart[:] = 0
         mujoco.mj_forward(self.model, data)
+
+    def put_posts(self, places: np.ndarray) -> None:
+        """Stand posts on the table at `places` [n, 2], m; the others are parked."""
+        for i in range(POSTS):
+            at = self.model.body(f"post{i}").mocapid[0]
+            self.data.mocap_pos[at] = [*places[i], POST_HEIGHT / 2] if i < len(places) else self.model.body(f"post{i}").pos
 
     def get_state(self) -> np.ndarray:
         """Return the whole state of the physics, warm start included, so that what follows is bit-equal."""

@@ -6,13 +6,13 @@ reads an `Achieved` and a `Wanted` whose fields may carry any leading shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from envs.control import MAX_OPENING, WORKSPACE
-from envs.scene import OBJECTS, yaw_quat
+from envs.scene import OBJECTS, POST_RADIUS, POSTS, yaw_quat
 
 REACH_DISTANCE = 0.02  # m
 LIFT = 0.05  # m
@@ -25,6 +25,8 @@ MIN_TRAVEL = 0.10  # m, from a start to its goal, at least
 MARGIN = 0.02  # m, objects and targets stay this far inside the workspace
 HOVER = 0.02  # m, held object over its place in the sub-goal before it is let go: a drop from there hurts nothing
 RETRACT = 0.09  # m, hand over the placed object in the goal
+ROOM = np.array([0.035, 0.10]) + POST_RADIUS  # m, in x and y, between a post and where the hand goes down: half the hand, and some
+ASIDE = 0.03  # m, of a post from the straight way, at most
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Episode:
     start: Pose
     wanted: Wanted
     subgoals: tuple[Pose, ...] = field(default=())
+    posts: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # [n, 2] m, fragile things in the way
 
     @property
     def goal(self) -> Pose:
@@ -206,4 +209,35 @@ class PickPlace:
         return placed & rests & ~np.asarray(achieved.touched) & away
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Reach(), Grasp(), ReachWithObject(), PickPlace())}
+@dataclass(frozen=True)
+class PickPlaceFragile(PickPlace):
+    """PickPlace with one to three fragile posts between start and target, 8 cm high: carry over them, or around."""
+
+    name: str = "pick-place-fragile"
+
+    def draw(self, object: str, rng: np.random.Generator) -> Episode:
+        """Draw an episode of PickPlace whose way is long enough for a post that the hand need not touch at either end."""
+        wanted = int(rng.integers(1, POSTS + 1))
+        while True:
+            episode = super().draw(object, rng)
+            ends = np.array([episode.start.object_pos[:2], episode.wanted.target[:2]])
+            posts: list[np.ndarray] = []
+            for _ in range(10 * wanted):
+                spot = _beside(ends, rng)
+                free = (abs(spot - ends) > ROOM).any(1).all() and all(_distance(spot, other) > 5 * POST_RADIUS for other in posts)
+                if free and len(posts) < wanted:
+                    posts.append(spot)
+            if posts:
+                return replace(episode, posts=np.array(posts))
+
+
+def _beside(ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a point [2] near the middle of the straight way between two ends [2, 2]."""
+    way = ends[1] - ends[0]
+    across = np.array([-way[1], way[0]]) / _distance(*ends)
+    return ends[0] + rng.uniform(0.25, 0.75) * way + rng.uniform(-ASIDE, ASIDE) * across
+
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Reach(), Grasp(), ReachWithObject(), PickPlace(), PickPlaceFragile())
+}

@@ -35,7 +35,7 @@ def on_table(env: envs.PandaEnv, tcp, object_pos=(0.5, 0.0), opening=0.08) -> Po
     return Pose(np.array(tcp, float), opening, opening, np.array([*object_pos, env.scene.spec.half_height]), 0.0)
 
 
-@pytest.mark.parametrize("name", ["PandaReach-v0", "PandaGrasp-v0", "PandaReachWithObject-v0", "PandaPickPlace-v0"])
+@pytest.mark.parametrize("name", ["PandaReach-v0", "PandaGrasp-v0", "PandaReachWithObject-v0", "PandaPickPlace-v0", "PandaPickPlaceFragile-v0"])
 def test_gymnasium_finds_nothing_to_say(name):
     env = gym.make(f"envs:{name}", object="cup", render_mode="rgb_array").unwrapped
     check_env(env)
@@ -134,6 +134,21 @@ def test_a_drop_is_unsafe(env):
         seen |= info["unsafe"]
         assert info["cost"] == len(info["unsafe"])
     assert set(seen) == {"dropped"} and 0.1 < seen["dropped"] < 0.16
+
+
+def test_touching_a_fragile_post_is_unsafe_and_posts_go_with_the_state():
+    env = envs.make(envs.EnvConfig("pick-place-fragile", image_size=48))
+    first, _ = env.reset(seed=0)
+    before, spot = env.get_state(), env.episode.posts[0]
+    env.put(on_table(env, [*spot, 0.12], env.episode.start.object_pos[:2], opening=0.0))
+    unsafe = {}
+    for _ in range(3):
+        unsafe |= env.step(DOWN)[-1]["unsafe"]
+    assert unsafe["post_force"] > 5
+    env.reset(seed=1)
+    env.set_state(before)
+    assert np.array_equal(env.observe()["pixels"], first["pixels"])
+    env.close()
 
 
 def test_leaving_the_table_is_unsafe(env):

@@ -6,7 +6,7 @@ import pytest
 import envs
 from envs.experts import BEHAVIOURS, make_policy
 from envs.run import rollout
-from envs.scene import OBJECTS
+from envs.scene import OBJECTS, POSTS
 from envs.tasks import MIN_TRAVEL, TASKS, Achieved, Wanted
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -74,7 +74,10 @@ def test_draws_are_fair(task, object):
             assert np.linalg.norm(target - origin) >= MIN_TRAVEL
         if task != "reach-with-object":
             assert np.linalg.norm(start.tcp[:2] - start.object_pos[:2]) <= 0.121 and 0.1 <= start.tcp[2] <= 0.22
-        assert len(episode.subgoals) == {"pick-place": 3, "grasp": 2}.get(task, 1)
+        assert len(episode.subgoals) == {"pick-place": 3, "pick-place-fragile": 3, "grasp": 2}.get(task, 1)
+        assert 1 <= len(episode.posts) <= POSTS if task == "pick-place-fragile" else not len(episode.posts)
+        for end in (start.object_pos, target) if len(episode.posts) else ():  # the hand that grasps or lets go touches none
+            assert (abs(episode.posts - end[:2]) > [0.035, 0.10]).any(1).all()
 
 
 @pytest.mark.parametrize("object", OBJECTS)
@@ -86,6 +89,7 @@ def test_expert_succeeds(task, object):
         record = rollout(env, lambda obs, info, policy=policy: policy(info), seed)
         assert record.success and len(record.actions) <= 22, f"seed {seed}"
         assert not record.infos[0]["success"]
+        assert not any("post_force" in info["unsafe"] for info in record.infos)
     env.close()
 
 

@@ -9,7 +9,7 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel, holds, load
 from worldmodel.predictor import Predictor, PredictorConfig
-from worldmodel.propose import ProposalConfig, keyframes, propose_losses
+from worldmodel.propose import ProposalConfig, fit_hands, judge_hands, keyframes, propose_losses
 from worldmodel.proposer import Proposer, ProposerConfig
 
 SIZES = ProposerConfig(feature_dim=12, grid=(2, 2), proprio_dim=3, merge=1, embed_dim=24, depth=1, num_heads=1)
@@ -62,13 +62,17 @@ def test_it_learns_what_lies_between():
     proprio = features[:, 0, :3].copy()
     optimizer = torch.optim.Adam(proposer.parameters(), 3e-3)
     losses = []
-    for _ in range(200):
-        loss = propose_losses(proposer, features, proprio, rows[rng.integers(100, size=32)], ProposalConfig(), rng)["loss"]
+    for _ in range(400):
+        loss = propose_losses(proposer, features, proprio, rows[rng.integers(100, size=32)], rng)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:5])
+    before = judge_hands(proposer, features, proprio, rows)
+    fit_hands(proposer, features, proprio, rows, ProposalConfig(draws=2, epochs=60))
+    after = judge_hands(proposer, features, proprio, rows)
+    assert all(after[name] < 0.5 * before[name] for name in ("place_closed", "place_opens"))
 
 
 def test_proposals_end_with_the_goal():

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldmodel.data import Dataset, Frames, read_episode
 from worldmodel.encoder import autocast
 from worldmodel.interface import Encoder, Features
+from worldmodel.probe import fit
 from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.train import cached_features, identify
 from worldmodel.training import Run, optimizer_for, set_rate
 
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
-RESTS = 1e-3  # m per step, change of its opening below which it is at rest
+RESTS = 5e-3  # m per step, change of its opening below which it is at rest
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,16 @@ class ProposalConfig:
     embed_dim: int = 192
     depth: int = 4
     num_heads: int = 3
-    proprio_weight: float = 1.0
     batch: int = 64  # pairs of a frame and a goal per step
+    draws: int = 8  # pairs of each grasp that the hands are read from
+    epochs: int = 20  # passes over them
     steps: int = 2000
     rate: float = 8e-4
     weight_decay: float = 0.04
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("merge", "embed_dim", "depth", "num_heads", "batch", "steps"):
+        for name in ("merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
@@ -78,27 +79,41 @@ def lessons(frames: Frames) -> np.ndarray:
     return np.array(rows)
 
 
-def propose_losses(
-    proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config: ProposalConfig,
-    rng: np.random.Generator,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Losses of proposals for rows [B, 4] of `lessons`, from a frame up to the grasp and a goal after the release.
-
-    features [F, P, D] and proprio [F, S] of all frames. `place_closed` and `place_opens` are the hand's median errors (m).
-    """
+def lesson(rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw for rows [B, 4] of `lessons` a frame up to the grasp, the keyframes [B, COUNT], and a goal after the release."""
     first, closed, opens, end = rows.T
     now, goal = rng.integers(first, closed + 1), rng.integers(np.minimum(opens + 3, end), end + 1)
+    return now, np.stack((closed, opens), 1), goal
+
+
+def propose_losses(
+    proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Losses of keyframes filled in for rows [B, 4] of `lessons`; features [F, P, D] and proprio [F, S] of all frames."""
+    now, between, goal = lesson(rows, rng)
     load = lambda index: torch.from_numpy(features[index].astype(np.float32))  # noqa: E731
-    wanted = Features(load(np.stack((closed, opens), 1)), torch.from_numpy(proprio[np.stack((closed, opens), 1)]))
-    guess = proposer(Features(load(now), torch.from_numpy(proprio[now])), load(goal))
-    patches = (guess.patches - wanted.patches).abs().mean()
-    wrong = (guess.proprio - wanted.proprio) / proposer.proprio_std
-    own = F.smooth_l1_loss(wrong, torch.zeros_like(wrong), beta=0.3)
-    out = {"patches": patches, "proprio": own, "loss": patches + config.proprio_weight * own}
-    for k, name in enumerate(("closed", "opens")):
-        out[f"patches_{name}"] = (guess.patches[:, k] - wanted.patches[:, k]).abs().mean()
-        out[f"place_{name}"] = (guess.proprio[:, k, :3] - wanted.proprio[:, k, :3]).norm(dim=-1).median()
-    return out
+    own = torch.from_numpy(proprio)
+    wrong = (proposer(Features(load(now), own[now]), load(goal), own[between]) - load(between)).abs().mean((0, 2, 3))
+    return {"loss": wrong.mean(), "patches_closed": wrong[0], "patches_opens": wrong[1]}
+
+
+def fit_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config: ProposalConfig) -> None:
+    """Teach it to read off a frame up to the grasp where the hand will close, and off a goal where it opened."""
+    rng = np.random.default_rng(config.seed)
+    now, between, goal = lesson(rows.repeat(config.draws, 0), rng)
+    for k, index in enumerate((now, goal)):
+        told = torch.from_numpy(proprio[between[:, k]])
+        proposer.hands[k] = fit(features[index], told, torch.ones_like(told), config.epochs, config.seed + k)
+
+
+@torch.no_grad()
+def judge_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """`place_closed` and `place_opens`: medians of how far the hands that it reads are off (m)."""
+    now, between, goal = lesson(rows, np.random.default_rng(0))
+    patches = [torch.from_numpy(features[index].astype(np.float32)) for index in (now, goal)]
+    wrong = proposer.hands_of(*patches) - torch.from_numpy(proprio[between])
+    off = wrong[:, :, :3].norm(dim=-1).median(0)[0]
+    return {"place_closed": float(off[0]), "place_opens": float(off[1])}
 
 
 def fit_proposer(
@@ -122,8 +137,7 @@ def fit_proposer(
 
     @torch.no_grad()
     def scores() -> dict[str, float]:
-        rng = np.random.default_rng(config.seed)
-        losses = propose_losses(proposer, kept, held.proprio, others, config, rng)
+        losses = propose_losses(proposer, kept, held.proprio, others, np.random.default_rng(config.seed))
         return {f"held_out/{name}": float(value) for name, value in losses.items()}
 
     optimizer = optimizer_for(proposer, config.weight_decay)
@@ -134,7 +148,7 @@ def fit_proposer(
         rate = set_rate(optimizer, config.rate, step, config.steps)
         some = rows[rng.integers(len(rows), size=config.batch)]
         with autocast("cpu"):
-            losses = propose_losses(proposer, features, frames.proprio, some, config, rng)
+            losses = propose_losses(proposer, features, frames.proprio, some, rng)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(proposer.parameters(), 1.0)
@@ -145,5 +159,7 @@ def fit_proposer(
             run.log(**scores())
     if not run.done:
         return None
+    fit_hands(proposer, features, frames.proprio, rows, config)
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "episodes": len(rows), **scores()}
+    about |= {f"held_out/{name}": error for name, error in judge_hands(proposer, kept, held.proprio, others).items()}
     return proposer.requires_grad_(False).eval(), about

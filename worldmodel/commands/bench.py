@@ -32,7 +32,7 @@ BUDGETS = {  # samples, iterations, elites, horizon
     "simulator": (48, 3, 8, 2),
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
-SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
+SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "pick-place-fragile": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
 FOREIGN = ("planner", "random", "nothing")  # policies that can act in an environment of others
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
@@ -43,7 +43,7 @@ class Config:
 
     out: Path
     """folder of the results; one that holds a part of the same run is completed"""
-    task: Literal["reach", "grasp", "reach-with-object", "pick-place"] = "pick-place"
+    task: Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"] = "pick-place"
     """what to do"""
     object: Literal["box", "cup"] = "box"
     """what to do it with"""
@@ -271,7 +271,7 @@ def resolved(config: Config) -> Config:
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
     if config.propose == "auto":
-        filled["propose"] = "always" if able and config.task == "pick-place" else "never"
+        filled["propose"] = "always" if able and config.task.startswith("pick-place") else "never"
     cautious = config.policy in BUDGETS and model.holds(path, "hazard")
     if config.risk_weight and not cautious:
         raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")

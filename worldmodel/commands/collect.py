@@ -37,7 +37,7 @@ class Config:
 
     out: Path
     """folder of the dataset; one that holds a part of the same dataset is completed"""
-    task: Literal["reach", "grasp", "reach-with-object", "pick-place"] = "pick-place"
+    task: Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"] = "pick-place"
     """what the experts try to do"""
     object: Literal["box", "cup", "both"] = "box"
     """what they do it with; both: by turns"""

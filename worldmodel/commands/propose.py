@@ -37,10 +37,12 @@ class Config:
     """transformer blocks"""
     num_heads: int = 3
     """attention heads; divides --embed-dim"""
-    proprio_weight: float = 1.0
-    """of the error of proprioception, in the data's deviations, beside that of the features"""
     batch: int = 64
     """pairs of a frame and a goal per step"""
+    draws: int = 8
+    """pairs of each grasp, which it learns from where the hand will close and open"""
+    epochs: int = 20
+    """passes over them"""
     steps: int = 2000
     """training steps in all"""
     rate: float = 8e-4
@@ -49,7 +51,7 @@ class Config:
     """seed of weights and pairs"""
 
     def __post_init__(self):
-        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "batch", "steps"):
+        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.minutes is not None and self.minutes <= 0:
