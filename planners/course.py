@@ -20,7 +20,7 @@ class CourseConfig:
     switch_energy: float | None = None  # of an observation to its sub-goal, at which the next one's turn comes; belongs to a model
     patience: int | None = None  # steps without progress after which it looks ahead anew, and moves on if that promises none
     progress: float = 0.005  # what counts as progress: this share of the highest energy on the way to a sub-goal
-    retry: float | None = None  # share of it above which a sub-goal has failed at its end: begin again at the first
+    retry: float | None = None  # share of the episode's highest energy above which a sub-goal has failed at its end: begin again
     retries: int = 3  # times, at most, in an episode
 
     def __post_init__(self) -> None:
@@ -48,6 +48,7 @@ class Course:
         self._since = self._ahead = 0  # steps of this sub-goal's turn; since the countdown began
         self._retries = 0
         self._trail: list[float] = []  # observed energies to the sub-goal
+        self._highest = 0.0  # of the episode's, whichever the sub-goal was
         self.stuck = self._done = False  # _done: the sub-goal promises nothing more
         self.expect(count)
 
@@ -67,6 +68,7 @@ class Course:
         if not moved:
             self._trail.pop()
         self._trail.append(observed)
+        self._highest = max(self._highest, observed)
         ends = self.subgoal == self._last
         if self._done and (not ends or self._has_failed()):
             return self._leave(energy_to)
@@ -95,7 +97,7 @@ class Course:
     def _has_failed(self) -> bool:
         """Whether the sub-goal is still far, and a retry is left: the object was missed, or lost on the way."""
         retry = self.config.retry
-        return retry is not None and self._retries < self.config.retries and self._trail[-1] > retry * max(self._trail)
+        return retry is not None and self._retries < self.config.retries and self._trail[-1] > retry * self._highest
 
     def _leave(self, energy_to: Callable[[int], float]) -> float:
         """Pass to the next sub-goal, or to the first again where the present one has failed."""
@@ -107,6 +109,7 @@ class Course:
         before = self._trail[:-1] if subgoal == self.subgoal else []  # the same again: how far it was at first still counts
         self.subgoal, self._since, self._ahead, self.stuck, self._done = subgoal, 0, 0, False, False
         self._trail = [*before, energy_to(subgoal)]
+        self._highest = max(self._highest, self._trail[-1])
         return self._trail[-1]
 
     def _progress(self) -> float:

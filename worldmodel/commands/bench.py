@@ -122,7 +122,7 @@ class Config:
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.16
-    """share of it above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    """share of an episode's highest energy above which a sub-goal has failed, and the first one's turn comes again; none: never"""
     realtime: bool = False
     """the simulator does not wait: a decision's action begins one step after its picture, or later where it takes longer than
     a step's 0.2 s, and until then the last plan runs on"""
