@@ -6,7 +6,7 @@ extrinsic xyz Euler angles of the hand relative to straight down (rad), opening 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +14,7 @@ import mujoco
 import numpy as np
 
 from envs.control import MAX_OPENING, STEP_SECONDS, ControlState, Controller, euler_from_down
-from envs.randomize import LEVELS, Randomizer, Variation
+from envs.randomize import LEVELS, MOVES_AT, Randomizer, Variation
 from envs.scene import CAMERAS, OBJECTS, Contacts, Scene
 from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 
@@ -33,12 +33,12 @@ class EnvConfig:
     """What an environment is made of. Unknown names raise ValueError naming the known ones."""
 
     task: str = "pick-place"  # reach, grasp, reach-with-object, pick-place, pick-place-fragile
-    object: str = "box"  # box, cup
+    object: str = "box"  # box, cup, can
     image_size: int = 96  # pixels, height and width of one view
     cameras: tuple[str, ...] = ("front",)  # front, side, wrist; several are put side by side: pixels [h, w * views, 3]
     action_dim: int = 4  # 4: dx, dy, dz, gripper; 7: dx, dy, dz, rotation vector, gripper
     max_steps: int = 40  # control steps of 0.2 s until truncation
-    randomization: str = "none"  # none, mild, strong
+    randomization: str = "none"  # none, mild, strong, or one of randomize.SHIFTS
     render_goals: bool = True  # False: goals carry no pixels; for collecting data
     stop_on_success: bool = True  # False: an episode goes on until max_steps
     render_observations: bool = True  # False: they carry qpos instead of pixels, which `Scene.film` draws afterwards
@@ -116,6 +116,8 @@ class PandaEnv(gym.Env):
         self.episode = self.task.draw(self.config.object, rng)
         places = [pose.object_pos[:2] for pose in (self.episode.start, *self.episode.subgoals)] + [*self.episode.posts]
         self.variation = self.randomizer.draw(self.config.randomization, np.array(places), rng)
+        moves = self.randomizer.draw_moves(self.config.randomization, self.episode, rng)
+        self.variation = replace(self.variation, moves=moves)
         self.randomizer.apply(self.variation)
         self.scene.put_posts(self.episode.posts)
         self._steps = self._held_steps = 0
@@ -127,6 +129,8 @@ class PandaEnv(gym.Env):
     def step(self, action: np.ndarray):
         """Run one action [A] in [-1, 1] for 0.2 s. Raises ValueError where it is not finite, or of another shape."""
         action = self._checked(action)
+        if self.variation.moves is not None and self._steps == MOVES_AT:
+            self.scene.put_posts(self.episode.posts + self.variation.moves)
         contacts = []
         for _ in self.controller.step(action):
             contacts.append(self.scene.contacts())

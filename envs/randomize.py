@@ -12,9 +12,11 @@ import numpy as np
 
 from envs.control import WORKSPACE
 from envs.scene import Scene, yaw_quat
+from envs.tasks import Episode, leaves_room
 
 DISTRACTORS = 3
 DISTRACTOR_HEIGHTS = (0.02, 0.025, 0.02)  # m, halves, as in scene.xml
+MOVES_AT = 4  # steps after which posts move
 CLEAR = 0.095  # m, from a distractor's middle to wherever the object is to be
 
 
@@ -22,20 +24,33 @@ CLEAR = 0.095  # m, from a distractor's middle to wherever the object is to be
 class Level:
     """How much of what a level of randomisation changes."""
 
-    camera_shift: float  # m, at most, per axis
-    camera_turn: float  # rad, at most
-    light: float  # relative, at most
-    distractors: int  # at most
-    colours: float  # how far a colour goes towards a random one, 0 to 1
-    mass: float  # factor, at most (and its inverse)
-    friction: float  # factor, at most (and its inverse)
-    textures: bool
+    camera_shift: float = 0.0  # m, at most, per axis
+    camera_turn: float = 0.0  # rad, at most
+    light: float = 0.0  # relative, at most
+    distractors: int = 0  # at most
+    colours: float = 0.0  # how far a colour goes towards a random one, 0 to 1
+    mass: tuple[float, float] = (1.0, 1.0)  # factor, from, to
+    friction: tuple[float, float] = (1.0, 1.0)  # factor, from, to
+    textures: bool = False
+    occluder: bool = False  # a thing in the air before the front camera
+    post_moves: float = 0.0  # m, each post, after the first steps of an episode
 
 
+SHIFTS: dict[str, Level] = {  # one thing each, further than any training data has it
+    "camera": Level(camera_shift=0.05, camera_turn=np.deg2rad(5.0)),
+    "light": Level(light=0.8),
+    "colours": Level(colours=0.6, textures=True),
+    "distractors": Level(distractors=3),
+    "occluder": Level(occluder=True),
+    "heavy": Level(mass=(4.0, 6.0)),
+    "slippery": Level(friction=(0.3, 0.4)),
+    "moved-post": Level(post_moves=0.04),
+}
 LEVELS: dict[str, Level | None] = {
     "none": None,
-    "mild": Level(0.02, np.deg2rad(2.0), 0.2, 2, 0.0, 1.0, 1.0, False),
-    "strong": Level(0.03, np.deg2rad(2.5), 0.4, 3, 0.6, 2.0, 1.5, True),
+    "mild": Level(0.02, np.deg2rad(2.0), 0.2, 2),
+    "strong": Level(0.03, np.deg2rad(2.5), 0.4, 3, 0.6, (1 / 2.0, 2.0), (1 / 1.5, 1.5), True),
+    **SHIFTS,
 }
 
 
@@ -45,6 +60,7 @@ class Variation:
 
     fields: dict[str, np.ndarray]
     distractors: np.ndarray | None  # None: parked
+    moves: np.ndarray | None = None  # [n, 2] m, of the episode's posts, after MOVES_AT steps
 
 
 class Randomizer:
@@ -69,7 +85,23 @@ class Randomizer:
         self._draw_light(amount, fields, rng)
         self._draw_colours(amount, fields, rng)
         self._draw_physics(amount, fields, rng)
-        return Variation(fields, self._draw_distractors(amount, places, rng))
+        distractors = self._draw_distractors(amount, places, rng)
+        if amount.occluder:
+            distractors[0, :3] = self._before_the_camera(rng)
+        return Variation(fields, distractors)
+
+    def draw_moves(self, level: str, episode: Episode, rng: np.random.Generator) -> np.ndarray | None:
+        """Draw where the posts of an episode go, each in a direction that leaves room for the hand; None where they stay."""
+        far = LEVELS[level].post_moves if LEVELS[level] else 0.0
+        if not far or not len(episode.posts):
+            return None
+        moves = np.zeros_like(episode.posts)
+        for move, post in zip(moves, episode.posts):
+            angles = rng.uniform(-np.pi, np.pi, 20)
+            ways = far * np.column_stack((np.cos(angles), np.sin(angles)))
+            free = [way for way in ways if leaves_room(post + way, episode)]
+            move[:] = free[0] if free else 0.0
+        return moves
 
     def apply(self, variation: Variation) -> None:
         """Make the scene as the variation has it; whatever it does not name is as in the XML."""
@@ -123,8 +155,7 @@ class Randomizer:
             fields["geom_matid"] = matid
 
     def _draw_physics(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-        mass = amount.mass ** rng.uniform(-1, 1)
-        friction = amount.friction ** rng.uniform(-1, 1)
+        mass, friction = (low * (high / low) ** rng.uniform() for low, high in (amount.mass, amount.friction))
         at, dof = self._object, slice(self._scene.model.body("object").dofadr[0], None)
         for name, index, factor in (
             ("body_mass", at, mass),
@@ -137,6 +168,12 @@ class Randomizer:
             value = self._field(name)
             value[index] *= factor
             fields[name] = value
+
+    def _before_the_camera(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw a place [3] in the air, three tenths of the way from the front camera to a place on the table."""
+        camera = self._scene.model.camera("front").pos
+        seen = np.append(rng.uniform(WORKSPACE[0, :2], WORKSPACE[1, :2]), 0.03)
+        return camera + 0.3 * (seen - camera)
 
     def _draw_distractors(self, amount: Level, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         poses = np.zeros((DISTRACTORS, 7))

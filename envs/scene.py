@@ -49,6 +49,7 @@ class ObjectSpec:
 OBJECTS = {
     "box": ObjectSpec(half_height=0.0225, width=0.045, grasp_height=0.0, max_yaw=np.deg2rad(25.0)),
     "cup": ObjectSpec(half_height=0.035, width=0.050, grasp_height=0.012, max_yaw=np.pi),
+    "can": ObjectSpec(half_height=0.030, width=0.040, grasp_height=0.008, max_yaw=np.pi),  # in no training data
 }
 
 

@@ -224,11 +224,17 @@ class PickPlaceFragile(PickPlace):
             posts: list[np.ndarray] = []
             for _ in range(10 * wanted):
                 spot = _beside(ends, rng)
-                free = (abs(spot - ends) > ROOM).any(1).all() and all(_distance(spot, other) > 5 * POST_RADIUS for other in posts)
-                if free and len(posts) < wanted:
+                apart = all(_distance(spot, other) > 5 * POST_RADIUS for other in posts)
+                if len(posts) < wanted and apart and leaves_room(spot, episode):
                     posts.append(spot)
             if posts:
                 return replace(episode, posts=np.array(posts))
+
+
+def leaves_room(spot: np.ndarray, episode: Episode) -> bool:
+    """Tell whether a post at `spot` [2] leaves the hand room to go down where the object is, and where it is to be."""
+    ends = np.array([episode.start.object_pos[:2], episode.wanted.target[:2]])
+    return bool((abs(spot - ends) > ROOM).any(1).all())
 
 
 def _beside(ends: np.ndarray, rng: np.random.Generator) -> np.ndarray:

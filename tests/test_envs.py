@@ -43,7 +43,7 @@ def test_gymnasium_finds_nothing_to_say(name):
 
 
 @pytest.mark.parametrize("task", envs.TASKS)
-@pytest.mark.parametrize("object", ["box", "cup"])
+@pytest.mark.parametrize("object", ["box", "cup", "can"])
 def test_contract(task, object):
     check(envs.EnvConfig(task=task, object=object))
 
@@ -87,7 +87,7 @@ def test_seven_dimensions_turn_the_hand():
     env.close()
 
 
-@pytest.mark.parametrize("object", ["box", "cup"])
+@pytest.mark.parametrize("object", ["box", "cup", "can"])
 def test_objects_rest_still(object):
     env = envs.make(envs.EnvConfig(object=object, render_goals=False))
     env.reset(seed=1)
@@ -98,7 +98,7 @@ def test_objects_rest_still(object):
     env.close()
 
 
-@pytest.mark.parametrize("object", ["box", "cup"])
+@pytest.mark.parametrize("object", ["box", "cup", "can"])
 def test_the_grip_holds_through_the_hardest_motion(object):
     env = envs.make(envs.EnvConfig(task="reach-with-object", object=object, render_goals=False, stop_on_success=False))
     env.reset(seed=2)
@@ -246,7 +246,7 @@ def test_the_programs_are_those_of_mink():
     env.close()
 
 
-@pytest.mark.parametrize("object", ["box", "cup"])
+@pytest.mark.parametrize("object", ["box", "cup", "can"])
 def test_goals_are_the_same_without_pictures(object):
     drawn, plain = (envs.make(envs.EnvConfig(object=object, render_goals=r, image_size=16)) for r in (True, False))
     for seed in range(4):
@@ -271,7 +271,7 @@ def test_pictures_drawn_afterwards_are_the_same():
     later.close()
 
 
-@pytest.mark.parametrize("object", ["box", "cup"])
+@pytest.mark.parametrize("object", ["box", "cup", "can"])
 def test_pixels_of_the_object_are_counted_as_drawn(object):
     env = envs.make(envs.EnvConfig(object=object, cameras=("front", "side")))
     scene, rng, counts = env.scene, np.random.default_rng(0), []

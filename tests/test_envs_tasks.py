@@ -5,6 +5,7 @@ import pytest
 
 import envs
 from envs.experts import BEHAVIOURS, make_policy
+from envs.randomize import LEVELS, SHIFTS
 from envs.run import rollout
 from envs.scene import OBJECTS, POSTS
 from envs.tasks import MIN_TRAVEL, TASKS, Achieved, Wanted
@@ -93,15 +94,15 @@ def test_expert_succeeds(task, object):
     env.close()
 
 
-@pytest.mark.parametrize("level", ["mild", "strong"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_expert_succeeds_in_randomised_scenes(level):
-    env = envs.make(envs.EnvConfig(randomization=level, render_goals=False, image_size=16))
+    env = envs.make(envs.EnvConfig("pick-place-fragile", randomization=level, render_goals=False, image_size=16))
     done = []
-    for seed in range(8):
+    for seed in range(4 if level in SHIFTS else 8):
         policy = make_policy("expert", env.config, np.random.default_rng(seed))
         done.append(rollout(env, lambda obs, info, policy=policy: policy(info), seed).success)
     env.close()
-    assert sum(done) >= 7
+    assert sum(done) >= len(done) - 1
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
+from worldmodel.commands.collect import Level, Task
 
 BUDGETS = {  # samples, iterations, elites, horizon
     "planner": (40, 3, 8, 2),
@@ -43,9 +44,9 @@ class Config:
 
     out: Path
     """folder of the results; one that holds a part of the same run is completed"""
-    task: Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"] = "pick-place"
+    task: Task = "pick-place"
     """what to do"""
-    object: Literal["box", "cup"] = "box"
+    object: Literal["box", "cup", "can"] = "box"
     """what to do it with"""
     goal: Literal["subgoals", "final"] = "subgoals"
     """what a planning policy is shown: pictures of all sub-goals, or of the goal alone"""
@@ -75,8 +76,9 @@ class Config:
     """steps of 0.2 s until an episode has failed"""
     cameras: tuple[str, ...] = ("front",)
     """views, as the model was trained with"""
-    randomization: Literal["none", "mild", "strong"] = "none"
-    """how much cameras, colours, light, mass and friction vary between episodes"""
+    randomization: Level = "none"
+    """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
+    one thing, further: the shifts"""
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None

@@ -25,7 +25,11 @@ from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
 
-OBJECTS = {"box": ("box",), "cup": ("cup",), "both": ("box", "cup")}
+OBJECTS = {"box": ("box",), "cup": ("cup",), "can": ("can",), "both": ("box", "cup")}
+Task = Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"]
+Level = Literal[
+    "none", "mild", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
+]  # fmt: skip
 BATCH = 4  # episodes that a worker collects at a go, writing each while it records the next
 
 log = logging.getLogger(__name__)
@@ -37,9 +41,9 @@ class Config:
 
     out: Path
     """folder of the dataset; one that holds a part of the same dataset is completed"""
-    task: Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"] = "pick-place"
+    task: Task = "pick-place"
     """what the experts try to do"""
-    object: Literal["box", "cup", "both"] = "box"
+    object: Literal["box", "cup", "can", "both"] = "box"
     """what they do it with; both: by turns"""
     policy: Literal["expert", "varied", "noisy", "failing", "play", "mixture", "random", "nothing"] = "mixture"
     """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode"""
@@ -59,8 +63,9 @@ class Config:
     """length of an episode (steps of 0.2 s)"""
     stop_on_success: bool = True
     """end an episode at its success"""
-    randomization: Literal["none", "mild", "strong"] = "none"
-    """how much cameras, colours, light, mass and friction vary between episodes"""
+    randomization: Level = "none"
+    """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
+    one thing, further"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()

@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from worldmodel.commands.collect import Level
+
 BOUNDS = ((0.34, 0.66), (-0.23, 0.23), (0.0, 0.40))  # m, x y z: where the default camera sees the object
 IN_VIEW = 25  # pixels of the object, of about 90 where nothing hides it: with less, one guesses where it is behind the hand
 STEPS, EVERY = 24, 2  # of an episode; an object often lies still: more episodes teach more than more frames of each
@@ -42,8 +44,8 @@ class Config:
     """also probe raw pixels and a randomly initialised encoder of the same sizes; not beside efficientnet-lite0"""
     ridge: bool = True
     """also the ridge probe: linear in all patches"""
-    randomization: str = "none"
-    """none, mild or strong: how much cameras, colours, light, mass and friction vary between episodes"""
+    randomization: Level = "none"
+    """how much cameras, colours, light, mass and friction vary between episodes"""
     cameras: tuple[str, ...] = ("front",)
     """views, as the encoder was trained with"""
     workers: int = 2
