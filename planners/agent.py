@@ -56,6 +56,7 @@ class Decision:
     verdict: Verdict
     seconds: float  # that this step's decision took
     later: Sequence[np.ndarray] = ()  # what its plan has left after the action, each float32 [A]
+    asked: tuple[np.ndarray, Verdict] | None = None  # the first plan's action [A], and what the gate said of it; None: none made
     answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, hold, hand over
 
 
@@ -171,7 +172,7 @@ class Agent:
         under_way = [self._action(action, "action under way") for action in under_way]
         self._take_in(obs, ran)
         if self.last is not None and self.last.answer == "hand over":  # until reset
-            self.last = replace(self.last, seconds=time.perf_counter() - start)
+            self.last = replace(self.last, asked=None, seconds=time.perf_counter() - start)
             return self.fallback.copy()
         context = self._ahead_of(self._context(), under_way)
         if self._finds and self._course.subgoal == 0:
@@ -233,7 +234,8 @@ class Agent:
             return None
         rest = Features(last.imagined.patches[:, age:], None if last.imagined.proprio is None else last.imagined.proprio[:, age:])
         verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen())
-        return replace(last, observed=observed, verdict=verdict) if verdict.go else None
+        asked = last.later[0], verdict
+        return replace(last, observed=observed, verdict=verdict, asked=asked) if verdict.go else None
 
     def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
         """Count pictures that stay the same to the bit although the robot is told to move; a hold tells nothing."""
@@ -284,6 +286,7 @@ class Agent:
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
+        asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
         if not decision.verdict.go and self.hazard is not None:
             cautious = self.planner.plan(self._cost(context, horizon, config.caution), torch.zeros_like(plan.actions), generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
@@ -295,7 +298,7 @@ class Agent:
             held = replace(decision.plan, actions=still, cost=cost(still[:, None])[:, 0])
             answer = "hand over" if self._holds + 1 >= config.refusals else "hold"
             decision = replace(self._judged(held, context, observed, answer), verdict=decision.verdict)
-        return decision
+        return replace(decision, asked=asked)
 
     def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:
         config, energy = self.config, self._energies[self._course.subgoal]

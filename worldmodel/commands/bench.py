@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from envs.foreign import Foreign
 from worldmodel import data
-from worldmodel.commands import workers
+from worldmodel.commands import abstention, workers
 from worldmodel.commands.collect import Level, Task
 
 BUDGETS = {  # samples, iterations, elites, horizon
@@ -189,6 +189,8 @@ def run(config: Config) -> dict:
         result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
         with data.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())
+        if config.gate != "off":
+            abstention.plot(episodes, folder / "risk.png")
     return result["summary"]
 
 
@@ -242,7 +244,9 @@ def report(result: dict) -> str:
         + ", ".join(f"{name} {count}" for name, count in result["unsafe_events"].items()),
         "gate": ""
         if result["refusal_rate"] is None
-        else f"refused {result['refusal_rate']:.1%} of the plans, held at {result['abstention_rate']:.1%} of the steps",
+        else f"refused {result['refusal_rate']:.1%} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
+        f"let go {_percent(result['let_go_and_wrong'])} that went wrong; held at {result['abstention_rate']:.1%} of the steps; "
+        f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
         "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
         if result["object"]
@@ -252,6 +256,10 @@ def report(result: dict) -> str:
         "out": result["out"],
     }
     return "\n".join(f"{name:10}{text}".rstrip() for name, text in rows.items() if text)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def resolved(config: Config) -> Config:
@@ -312,7 +320,7 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         "success_ci95": list(wilson(len(successes), len(episodes))),
         "unsafe_rate": sum(bool(e["unsafe"]) for e in episodes) / len(episodes),
         "unsafe_events": {name: events.count(name) for name in sorted(set(events))},
-        **_abstentions(episodes),
+        **abstention.rates(episodes),
         "grasp_rate": sum(e["grasped"] for e in episodes) / len(episodes),
         "steps_to_success": float(np.mean([e["steps"] for e in successes])) if successes else None,
         "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
@@ -321,15 +329,6 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         "late_rate": sum(e["late"] for e in episodes) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "out": str(config.out),
     }
-
-
-def _abstentions(episodes: list[dict]) -> dict:
-    """How often the gate refused a plan, and how often nothing safer was found either; none without a gate."""
-    answers = [answer for e in episodes for answer in e.get("answers", ())]
-    if not answers:
-        return {"refusal_rate": None, "abstention_rate": None}
-    held = sum(answer in ("hold", "hand over") for answer in answers)
-    return {"refusal_rate": sum(a != "plan" for a in answers) / len(answers), "abstention_rate": held / len(answers)}
 
 
 def _identity(config: Config) -> dict:

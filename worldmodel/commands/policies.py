@@ -27,6 +27,7 @@ from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel import imitation, model
 from worldmodel.checkpoint import load_tensors, sha256_of
+from worldmodel.commands.abstention import HIGHEST
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.density import Density
@@ -98,11 +99,22 @@ class Player:
             action = decide(obs)
             last = agent.last
             judged, late = getattr(last, "verdict", None), getattr(decide, "late", False)
-            steps.append({"seconds": None if late else last.seconds, "subgoal": last.subgoal, "energy": last.observed,
-                          "verdict": judged, "answer": getattr(last, "answer", "plan")})  # fmt: skip
+            answer = getattr(last, "answer", "plan")
+            spared = self._would_go_wrong(last.asked[0]) if answer != "plan" and last.asked else None
+            steps.append({"seconds": None if late else last.seconds, "subgoal": last.subgoal, "energy": last.observed, "verdict": judged,
+                          "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
             return action
 
         return act
+
+    def _would_go_wrong(self, action: np.ndarray) -> bool | None:
+        """Whether a step that does not run would have had an unsafe event: tried, and taken back. None where it cannot be tried."""
+        if self.config.env.id:
+            return None
+        state = self.env.get_state()
+        info = self.env.step(action)[-1]
+        self.env.set_state(state)
+        return bool(info["unsafe"])
 
     def _make_agent(self) -> Agent | Imitator:
         config = self.config
@@ -328,15 +340,22 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
         "decision_seconds": [round(step["seconds"], 5) for step in steps if step["seconds"] is not None],
         **({"late": sum(step["seconds"] is None for step in steps)} if config.realtime else {}),
-        **_judgements(config, steps),
+        **_judgements(config, record, steps),
     }
 
 
-def _judgements(config, steps: list[dict]) -> dict[str, Any]:
-    """What the gate said at each step, where there is one."""
+def _judgements(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
+    """What the gate said at each step, where there is one; `asked`: of first plans score, whether they went, and went wrong."""
     if config.gate == "off":
         return {}
+    asked = []
+    for step, info in zip(steps, record.infos[1:]):
+        wrong = bool(info["unsafe"]) if step["answer"] == "plan" else step["spared"]
+        if wrong is not None and step["asked"]:
+            verdict = step["asked"][1]
+            asked.append([round(min(verdict.score, HIGHEST), 5), int(verdict.go), int(wrong)])
     return {
+        "asked": asked,
         "answers": [step["answer"] for step in steps],
         "refused": [step["verdict"].why for step in steps if not step["verdict"].go],
     }
