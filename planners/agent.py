@@ -115,6 +115,7 @@ class Agent:
     those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
     `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one.
+    If there is `model.suggest`, a search begins with what that says of the way to the goal, but for `planner.choices`.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class Agent:
         config, generator = self.config, self._generator
         cost = self._cost(context, horizon, config.risk_weight)
         planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
-        plan = planner.plan(cost, self._warm_start(horizon), generator)
+        plan = planner.plan(cost, self._warm_start(context, horizon), generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
@@ -318,8 +319,15 @@ class Agent:
             self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._course.subgoal, verdict, 0.0, answer=answer
         )
 
-    def _warm_start(self, horizon: int) -> Tensor:
-        """What is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
+    def _warm_start(self, context: Context, horizon: int) -> Tensor:
+        """What the model suggests, else what is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
+        if hasattr(self.model, "suggest"):
+            now = Features(*(None if x is None else x[0, -1] for x in context.features))
+            suggested = self.model.suggest(now, self._pursued[self._course.subgoal], horizon)
+            if suggested is not None:
+                start = suggested[None].clone()
+                start[..., list(getattr(self.planner, "choices", ()))] = 0.0  # not what leads straight there: when matters
+                return start
         start = torch.zeros(1, horizon, self.model.action_dim, device=self._features[-1].patches.device)
         if not self._is_new():
             left = self.last.plan.actions[:, self._age : self._age + horizon]

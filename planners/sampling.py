@@ -97,6 +97,11 @@ class SamplingPlanner:
     config: SamplingConfig = SamplingConfig()
 
     @property
+    def choices(self) -> tuple[int, ...]:
+        """Action dimensions that are a choice."""
+        return tuple(_choices(self.config))
+
+    @property
     def eager(self) -> SamplingPlanner:
         """The same, but content with a smaller gain by the gripper."""
         return replace(self, config=replace(self.config, margin=min(self.config.margin, self.config.eager_margin)))

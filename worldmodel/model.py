@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
 from worldmodel.encoder import autocast
+from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
 from worldmodel.peers import build
@@ -28,13 +29,15 @@ class LatentModel(nn.Module):
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `proposer` finds sub-goals on the way
-    to a goal. `hazard` tells how likely an imagined step is to go wrong. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale on
-    held-out data, which thresholds are relative to.
+    to a goal. `hazard` tells how likely an imagined step is to go wrong. `guide` suggests where a search begins. `about` says
+    how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds
+    are relative to.
     """
 
     def __init__(
         self, encoder: Encoder, predictor: Predictor | ACPredictor, reader: AttentiveProbe | None = None, about: dict | None = None,
         proposer: Proposer | None = None, hazard: Hazard | None = None,
+        guide: Guide | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
@@ -43,7 +46,7 @@ class LatentModel(nn.Module):
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
         self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
-        self.hazard = hazard
+        self.hazard, self.guide = hazard, guide
         self.about = about or {}
         self._remembered: tuple[Context, tuple[list | None, int]] | None = None
         self.requires_grad_(False).eval()
@@ -115,6 +118,13 @@ class LatentModel(nn.Module):
         patches = torch.cat([f.patches for f in frames], 1).unflatten(0, (b, n, k))
         return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
 
+    @torch.no_grad()
+    def suggest(self, now: Features, goal: Features, horizon: int) -> Tensor | None:
+        """Actions [H, A] that lead straight to a goal's proprioception; None without `guide`, or where one is not known."""
+        if self.guide is None or now.proprio is None or goal.proprio is None:
+            return None
+        return self.guide(now.proprio, goal.proprio, horizon)
+
     def _remember(self, context: Context) -> tuple[list | None, int]:
         """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
         patches, proprio = context.features.patches, context.features.proprio
@@ -146,7 +156,7 @@ class LatentModel(nn.Module):
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
         config["proposer"] = None if self.proposer is None else asdict(self.proposer.config)
-        config["hazard"] = self.hazard is not None
+        config["hazard"], config["guide"] = self.hazard is not None, self.guide is not None
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -166,7 +176,8 @@ def load(path: str | Path | None = None) -> LatentModel:
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
     own = predictor.config
     hazard = Hazard(*sizes[1::-1], own.proprio_dim, own.action_dim) if config.get("hazard") else None
-    model = LatentModel(encoder, predictor, reader, about, proposer, hazard)
+    guide = Guide(own.proprio_dim, own.action_dim) if config.get("guide") else None
+    model = LatentModel(encoder, predictor, reader, about, proposer, hazard, guide)
     kept = {value.dtype for value in tensors.values()}
     if len(kept) == 1:  # a large model in half precision stays so
         model.to(kept.pop())

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from worldmodel.data import Dataset, Frames, keys_of
 from worldmodel.encoder import autocast
+from worldmodel.guide import fit_guide
 from worldmodel.hazard import LABEL, Outcomes, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
@@ -249,7 +250,7 @@ def train(
             scores |= judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
-    LatentModel(encoder, predictor, reader, about, hazard=hazard).save(out / "model.safetensors")
+    LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first)).save(out / "model.safetensors")
     return out / "model.safetensors"
 
 

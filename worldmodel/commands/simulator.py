@@ -47,6 +47,10 @@ class SimulatorModel:
         """Zeros [*shape, 1]: the simulator is deterministic."""
         return torch.zeros(*shape, self.latent_dim)
 
+    def suggest(self, now: Features, goal: Features, horizon: int) -> Tensor | None:
+        """As `model` does, if there is one that does."""
+        return self.model.suggest(now, goal, horizon) if hasattr(self.model, "suggest") else None
+
     @torch.no_grad()
     def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
         """What follows from the environment's present state; of the context only B = 1 is read.
