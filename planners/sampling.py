@@ -69,6 +69,8 @@ class SamplingConfig:
             raise ValueError(f"std {self.std}, min_std {self.min_std}, temperature {self.temperature}: expected more than 0")
 
 
+GUIDED = SamplingConfig(samples=24, iterations=1, elites=4, std=0.3)
+"""For a model that suggests the way: around that, few candidates do."""
 VJEPA2_AC = SamplingConfig(
     samples=800, iterations=10, elites=10, std=1.0, min_std=1e-3, momentum=0.0, ball=1.0, gripper="gaussian"
 )

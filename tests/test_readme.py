@@ -12,6 +12,7 @@ import torch
 from worldmodel import data, model
 from worldmodel.commands import cli
 from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.predictor import Predictor, PredictorConfig
 
@@ -64,7 +65,7 @@ def tiny(folder: Path) -> Path:
         torch.manual_seed(0)
         parts = VideoEncoder(encoder), Predictor(PredictorConfig(24, encoder.grid, embed_dim=24, depth=1, num_heads=1))
     hazard = Hazard(24, encoder.patches, 7, 4)
-    model.LatentModel(*parts, hazard=hazard).save(folder / "model.safetensors")
+    model.LatentModel(*parts, hazard=hazard, guide=Guide(7, 4)).save(folder / "model.safetensors")
     return folder / "model.safetensors"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
-from worldmodel.encoder import autocast
+from worldmodel.encoder import autocast, fast_in_bfloat16
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
@@ -48,6 +50,7 @@ class LatentModel(nn.Module):
         self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
         self.hazard, self.guide = hazard, guide
         self.about = about or {}
+        self._copy: tuple[tuple, Predictor] | None = None
         self._remembered: tuple[Context, tuple[list | None, int]] | None = None
         self.requires_grad_(False).eval()
 
@@ -100,7 +103,8 @@ class LatentModel(nn.Module):
         """
         self._check(context, actions, z)
         (b, n, horizon), k = actions.shape[:3], z.shape[2]
-        with autocast(actions.device):
+        predictor = self._imaginer()
+        with autocast(actions.device) if predictor is self.predictor else contextlib.nullcontext():
             if self._remembered is None or self._remembered[0] is not context:  # a planner asks of one context many times
                 self._remembered = context, self._remember(context)
             cache, start = self._remembered[1]
@@ -112,8 +116,8 @@ class LatentModel(nn.Module):
             frames = []
             for h in range(horizon):
                 action = moves[:, h : h + 1]
-                value = self.predictor.prior_of(now, action).sample(noise[:, h : h + 1])
-                now, cache = self.predictor(now, action, value, cache, start + h)
+                value = predictor.prior_of(now, action).sample(noise[:, h : h + 1])
+                now, cache = predictor(now, action, value, cache, start + h)
                 frames.append(now)
         patches = torch.cat([f.patches for f in frames], 1).unflatten(0, (b, n, k))
         return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
@@ -133,9 +137,21 @@ class LatentModel(nn.Module):
             return None, 0
         past = Features(patches[:, first:-1], proprio[:, first:-1])
         actions = context.actions[:, first:]
-        z = self.predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
-        _, cache = self.predictor(past, actions, z)
+        predictor = self._imaginer()
+        z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
+        _, cache = predictor(past, actions, z)
         return cache, patches.shape[1] - 1 - first
+
+    def _imaginer(self) -> Predictor | ACPredictor:
+        """The predictor, or a copy of it in bfloat16 where products gain by that: to cast its weights takes as long as they do."""
+        if not isinstance(self.predictor, Predictor) or not fast_in_bfloat16(self.device):
+            return self.predictor
+        version = self.device, sum(p._version for p in self.predictor.parameters())
+        if self._copy is None or self._copy[0] != version:
+            twin = copy.deepcopy(self.predictor).to(torch.bfloat16)
+            twin.proprio_mean, twin.proprio_std = self.predictor.proprio_mean, self.predictor.proprio_std  # millimetres count
+            self._copy = version, twin
+        return self._copy[1]
 
     def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
         config, features = self.predictor.config, context.features

@@ -9,6 +9,7 @@ learned change, layer-normed, so that standing still costs nothing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -112,18 +113,24 @@ class Predictor(nn.Module):
         self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
         self.register_buffer("proprio_std", torch.ones(config.proprio_dim))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights. What it is given and what it returns are float32 all the same."""
+        return self.place.dtype
+
     def normalise(self, proprio: Tensor) -> Tensor:
         """Proprioception [..., S] in units of the training data's deviation."""
         return (proprio - self.proprio_mean) / self.proprio_std
 
     def prior_of(self, now: Features, actions: Tensor) -> Gaussian:
         """p(z | h, s, a) for features [..., P, D], actions [..., A]."""
-        return self.prior((now.patches,), torch.cat((self.normalise(now.proprio), actions), -1))
+        condition = torch.cat((self.normalise(now.proprio), actions), -1).to(self.dtype)
+        return self.prior((now.patches.to(self.dtype),), condition)
 
     def posterior_of(self, now: Features, actions: Tensor, after: Tensor) -> Gaussian:
         """q(z | h, s, a, h'): `after` is the next frame's patches [..., P, D]."""
-        condition = torch.cat((self.normalise(now.proprio), actions), -1)
-        return self.posterior((now.patches, after - now.patches), condition)
+        condition = torch.cat((self.normalise(now.proprio), actions), -1).to(self.dtype)
+        return self.posterior((now.patches.to(self.dtype), (after - now.patches).to(self.dtype)), condition)
 
     def forward(
         self, now: Features, actions: Tensor, z: Tensor, cache: Cache | None = None, start: int = 0
@@ -134,13 +141,13 @@ class Predictor(nn.Module):
         [B, T, A] taken there; z [B, T, Z]; cache of the frames before. Row t of the result is frame t + 1. A frame
         sees `window` frames; the returned cache is cut to what the next one may see.
         """
-        config, steps = self.config, actions.shape[1]
+        config, steps, dtype = self.config, actions.shape[1], self.dtype
         proprio = self.normalise(now.proprio)
-        condition = self.condition(torch.cat((actions, proprio, z), -1))[:, :, None]  # [B, T, 1, dim]
-        x = torch.cat((self.proprio_embed(proprio)[:, :, None], self.embed(merged(now.patches, config.grid, config.merge)) + self.place), 2)
+        condition = self.condition(torch.cat((actions, proprio, z), -1).to(dtype))[:, :, None]  # [B, T, 1, dim]
+        squares = self.embed(merged(now.patches.to(dtype), config.grid, config.merge)) + self.place
+        x = torch.cat((self.proprio_embed(proprio.to(dtype))[:, :, None], squares), 2)
         before = cache[0][0].shape[2] // self.tokens if cache else 0
-        grid = config.grid[0] // config.merge, config.grid[1] // config.merge
-        by = rotation(frame_places(start, steps, grid, x.device), config.embed_dim // config.num_heads, config.rope_base)
+        by = turns(config, start, steps, dtype, x.device)
         mask = causal(before, steps, self.tokens, config.window, x.device)
         kept, keep = [], (config.window - 1) * self.tokens
         for i, block in enumerate(self.blocks):
@@ -149,8 +156,16 @@ class Predictor(nn.Module):
         x = self.norm(x)
         change = unmerged(self.to_features(x[:, :, 1:].contiguous()), config.grid, config.merge)
         patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
-        moved = proprio + self.to_proprio(x[:, :, 0])
+        moved = proprio + self.to_proprio(x[:, :, 0].contiguous())
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
+
+
+@functools.lru_cache(64)
+def turns(config: PredictorConfig, start: int, steps: int, dtype: torch.dtype, device: torch.device) -> Rotation:
+    """Rotary angles of the tokens of frames start .. start + steps - 1; a planner asks for the same few all the time."""
+    grid = config.grid[0] // config.merge, config.grid[1] // config.merge
+    cos, sin = rotation(frame_places(start, steps, grid, device), config.embed_dim // config.num_heads, config.rope_base)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def causal(before: int, steps: int, tokens: int, window: int, device: torch.device) -> Tensor | None:

@@ -28,9 +28,13 @@ from worldmodel import data
 from worldmodel.commands import abstention, workers
 from worldmodel.commands.collect import Level, Task
 
-BUDGETS = {  # samples, iterations, elites, horizon
-    "planner": (40, 3, 8, 2),
-    "simulator": (48, 3, 8, 2),
+BUDGETS = {  # samples, iterations, elites, horizon, std
+    "planner": (40, 3, 8, 2, 0.6),
+    "simulator": (48, 3, 8, 2, 0.6),
+}
+GUIDED = {  # the same where the model suggests the way
+    "planner": (24, 1, 4, 2, 0.3),
+    "simulator": (24, 2, 6, 2, 0.3),
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "pick-place-fragile": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
@@ -82,19 +86,19 @@ class Config:
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
-    """candidate plans per iteration (default: 40; simulator: 48)"""
+    """candidate plans per iteration (default: 24; for a model without a guide, or of another environment, 40; simulator: 24, or 48)"""
     iterations: int | None = None
-    """refinements of a plan (default: 3)"""
+    """refinements of a plan (default: 1, or 3; simulator: 2, or 3)"""
     elites: int | None = None
-    """candidates that are refined (default: 8)"""
+    """candidates that are refined (default: 4, or 8; simulator: 6, or 8)"""
     horizon: int | None = None
     """length of a plan (steps) (default: 2)"""
     countdown: bool = False
     """arrive --horizon steps after a sub-goal's start: look ahead a step less at each, down to 1"""
     replan: int = 1
     """actions that are run of a plan (steps)"""
-    std: float = 0.6
-    """of the first candidates, in units of an action"""
+    std: float | None = None
+    """of the first candidates, in units of an action (default: 0.3, or 0.6)"""
     fine: float = 1.0
     """noise of a candidate is scaled by a factor from here to 1, log-uniform"""
     hold: float = 0.6
@@ -207,7 +211,7 @@ def _offline(config: Config) -> dict:
     if config.policy != "planner" or not hasattr(world, "rollout"):
         raise ValueError("a recording is planned by a world model: give its file as --model, and leave --policy")
     pixels, states = energy.recorded(config.trajectory)
-    samples, iterations, elites, _ = BUDGETS["planner"]
+    samples, iterations, elites, *_ = BUDGETS["planner"]
     budget = {"samples": config.samples or samples, "iterations": config.iterations or iterations}
     budget["elites"] = config.elites or min(elites, budget["samples"])
     meta = world.latent_dim == 0
@@ -266,8 +270,9 @@ def resolved(config: Config) -> Config:
     """The config with the defaults that depend on the policy, and the file of the model."""
     from worldmodel import model
 
-    names = ("samples", "iterations", "elites", "horizon")
-    budget = dict(zip(names, BUDGETS.get(config.policy, BUDGETS["planner"])))
+    names = ("samples", "iterations", "elites", "horizon", "std")
+    guided = config.policy in BUDGETS and not config.env.id and model.holds(config.model or model.shipped(), "guide")
+    budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     filled = {**budget, **given}
     if "elites" not in given:
