@@ -54,7 +54,9 @@ class Expert:
         self._phase = {"reach": self._reach, "reach-with-object": self._deliver}.get(config.task, self._approach)
         self._count = self._holding = 0
         minds = config.task == "pick-place-fragile" and not self._style.careless
-        self._carried = self._style.carry + (POST_HEIGHT - 0.045 if minds else 0.0)  # m, over the table, the object's foot
+        if minds:
+            self._style = replace(self._style, hover=max(self._style.hover, 0.08))
+        self._carried = max(self._style.carry, 0.055) + POST_HEIGHT - 0.035 if minds else self._style.carry  # m, the object's foot
         self._clear = self._carried - 0.01 if minds else 0.02  # m, from where on it moves sideways
 
     def __call__(self, info: Info) -> np.ndarray:

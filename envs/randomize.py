@@ -28,22 +28,24 @@ class Level:
     camera_turn: float = 0.0  # rad, at most
     light: float = 0.0  # relative, at most
     distractors: int = 0  # at most
+    least_distractors: int = 0
     colours: float = 0.0  # how far a colour goes towards a random one, 0 to 1
     mass: tuple[float, float] = (1.0, 1.0)  # factor, from, to
-    friction: tuple[float, float] = (1.0, 1.0)  # factor, from, to
+    friction: tuple[float, float] = (1.0, 1.0)  # factor of the object's, from, to
+    grip: float = 1.0  # factor of the fingers', which rules what they hold
     textures: bool = False
     occluder: bool = False  # a thing in the air before the front camera
     post_moves: float = 0.0  # m, each post, after the first steps of an episode
 
 
-SHIFTS: dict[str, Level] = {  # one thing each, further than any training data has it
+SHIFTS: dict[str, Level] = {  # one thing each
     "camera": Level(camera_shift=0.05, camera_turn=np.deg2rad(5.0)),
     "light": Level(light=0.8),
     "colours": Level(colours=0.6, textures=True),
-    "distractors": Level(distractors=3),
+    "distractors": Level(distractors=3, least_distractors=3),
     "occluder": Level(occluder=True),
     "heavy": Level(mass=(4.0, 6.0)),
-    "slippery": Level(friction=(0.3, 0.4)),
+    "slippery": Level(friction=(0.3, 0.4), grip=0.015),
     "moved-post": Level(post_moves=0.04),
 }
 LEVELS: dict[str, Level | None] = {
@@ -72,6 +74,7 @@ class Randomizer:
         self._table = scene.model.geom("table").id
         self._materials = [i for i in range(scene.model.nmat) if scene.model.mat(i).name.startswith("table")]
         self._object = scene.model.body("object").id
+        self._fingers = [scene.model.geom(f"finger_{side}").id for side in ("left", "right")]
         self._mocaps = [int(scene.model.body(f"distractor{i}").mocapid[0]) for i in range(DISTRACTORS)]
         self._things = [i for i in range(scene.model.ngeom) if scene.model.geom(i).name.startswith("object")]
 
@@ -168,6 +171,7 @@ class Randomizer:
             value = self._field(name)
             value[index] *= factor
             fields[name] = value
+        fields["geom_friction"][self._fingers] *= amount.grip
 
     def _before_the_camera(self, rng: np.random.Generator) -> np.ndarray:
         """Draw a place [3] in the air, three tenths of the way from the front camera to a place on the table."""
@@ -180,7 +184,7 @@ class Randomizer:
         poses[:, :3] = [0, 0, -2]  # parked under the floor
         poses[:, 3] = 1
         taken = [*places[:, :2]]
-        for i in rng.permutation(DISTRACTORS)[: rng.integers(amount.distractors + 1)]:
+        for i in rng.permutation(DISTRACTORS)[: rng.integers(amount.least_distractors, amount.distractors + 1)]:
             for _ in range(20):  # a crowded table gets fewer
                 spot = rng.uniform(WORKSPACE[0, :2] - [0.04, 0.05], WORKSPACE[1, :2] + [0.04, 0.05])
                 if min(np.linalg.norm(spot - other) for other in taken) >= CLEAR:

@@ -236,7 +236,7 @@ class Agent:
         rest = Features(last.imagined.patches[:, age:], None if last.imagined.proprio is None else last.imagined.proprio[:, age:])
         verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen())
         asked = last.later[0], verdict
-        return replace(last, observed=observed, verdict=verdict, asked=asked) if verdict.go else None
+        return replace(last, observed=observed, verdict=verdict, asked=asked, answer="plan") if verdict.go else None
 
     def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
         """Count pictures that stay the same to the bit although the robot is told to move; a hold tells nothing."""
@@ -282,14 +282,15 @@ class Agent:
         config, generator = self.config, self._generator
         cost = self._cost(context, horizon, config.risk_weight)
         planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
-        plan = planner.plan(cost, self._warm_start(context, horizon), generator)
+        start = self._warm_start(context, horizon)
+        plan = planner.plan(cost, start, generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
         asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
         if not decision.verdict.go and self.hazard is not None:
-            cautious = self.planner.plan(self._cost(context, horizon, config.caution), torch.zeros_like(plan.actions), generator)
+            cautious = self.planner.plan(self._cost(context, horizon, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
         if not decision.verdict.go:
             half = decision.plan.actions / 2

@@ -34,7 +34,11 @@ class Plan:
 
 
 class Planner(Protocol):
-    """Searches actions of low cost. One may have `eager`, a Planner that the agent asks instead where there is no progress."""
+    """Searches actions of low cost.
+
+    One may have `eager`, a Planner that the agent asks instead where there is no progress, and `choices`, action dimensions
+    of which no suggestion is to be made.
+    """
 
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
         """Improve on warm_start [B, H, A] (zeros where nothing is known); all randomness comes from the generator."""

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from worldmodel import data
-from worldmodel.commands import cli
+from worldmodel.commands import cli, collect
 
 ROOT = Path(__file__).parent.parent
 EXISTING = [name for name in cli.COMMANDS if importlib.util.find_spec(f"worldmodel.commands.{name}")]
@@ -258,6 +259,13 @@ def test_unknown_preset_key_is_named(tmp_path, capfd, monkeypatch):
         preset.write_text(text)
         assert expected in refuse(capfd, "collect", "--preset", "mine", "--out", tmp_path / "set")
     assert os.listdir(tmp_path) == ["collect"]
+
+
+def test_flags_know_all_tasks_and_levels():
+    from envs.randomize import LEVELS
+    from envs.tasks import TASKS
+
+    assert set(get_args(collect.Task)) == set(TASKS) and set(get_args(collect.Level)) == set(LEVELS)
 
 
 def test_flags_override_presets(tmp_path, monkeypatch):

@@ -94,6 +94,28 @@ def test_expert_succeeds(task, object):
     env.close()
 
 
+def test_who_minds_the_posts_touches_none():
+    env = envs.make(envs.EnvConfig("pick-place-fragile", render_goals=False, image_size=16))
+    for seed in range(12):
+        policy = make_policy("varied", env.config, np.random.default_rng(seed))
+        record = rollout(env, lambda obs, info, policy=policy: policy(info), seed)
+        assert record.success and not any("post_force" in info["unsafe"] for info in record.infos), f"seed {seed}"
+    env.close()
+
+
+def test_slippery_things_slip():
+    """What counts in a grip is what the contact says, whatever the object's own friction."""
+    slid = []
+    for level in ("none", "slippery"):
+        env = envs.make(envs.EnvConfig("reach-with-object", randomization=level, render_goals=False, image_size=16))
+        env.reset(seed=0)
+        fingers = [env.scene.model.geom(f"finger_{side}").id for side in ("left", "right")]
+        contact = env.scene.data.contact
+        slid.append(contact.friction[np.isin(contact.geom, fingers).any(1), 0].max())
+        env.close()
+    assert slid[1] < 0.2 * slid[0]
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_expert_succeeds_in_randomised_scenes(level):
     env = envs.make(envs.EnvConfig("pick-place-fragile", randomization=level, render_goals=False, image_size=16))

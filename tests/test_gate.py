@@ -10,7 +10,7 @@ import torch
 from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit, spread
 from planners.interface import Plan, Seen
 from worldmodel import model
-from worldmodel.commands import cli
+from worldmodel.commands import abstention, cli
 from worldmodel.interface import Features
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -105,6 +105,19 @@ def test_controlled_limits_keep_the_risk_on_fresh_decisions(risk):
     assert controlled_limit([[0.1, 0.2]] * 100, [[False, False]] * 100, 0.05) == math.inf
     half = [[0.1, 0.9]] * 99
     assert controlled_limit(half, [[False, True]] * 99, 0.05) == 0.1
+
+
+def test_what_a_gate_was_worth():
+    asked = [[0.1, 1, 0], [0.2, 1, 1], [0.9, 0, 1], [0.8, 0, 0], [0.3, 1, 0]]  # score, let go, went wrong
+    episodes = [{"asked": asked[:2], "answers": ["plan", "plan"]}, {"asked": asked[2:], "answers": ["hold", "cautious plan", "plan"]}]
+    told = abstention.rates(episodes)
+    assert told["refusal_rate"] == 0.4 and told["abstention_rate"] == 0.2 and told["let_go_and_wrong"] == 0.2
+    assert told["false_alarm_rate"] == pytest.approx(1 / 3) and told["auroc"] == pytest.approx(4 / 6)
+    curve = abstention.risk_coverage(episodes)
+    assert np.allclose(curve, [[0.2, 0], [0.4, 1 / 2], [0.6, 1 / 3], [0.8, 1 / 4], [1, 2 / 5]])
+    unknown = abstention.rates([{"asked": [[0.5, 0, None], [0.1, 1, 0]], "answers": ["hold", "plan"]}])
+    assert unknown["refusal_rate"] == 0.5 and unknown["false_alarm_rate"] is unknown["auroc"] is None
+    assert set(abstention.rates([{}]).values()) == {None}
 
 
 def call(*args) -> int:

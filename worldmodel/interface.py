@@ -63,7 +63,10 @@ class Encoder(Protocol):
 
 
 class WorldModel(Protocol):
-    """Imagines the features that follow from actions."""
+    """Imagines the features that follow from actions.
+
+    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] actions [H, A] to begin a search with, or None.
+    """
 
     action_dim: int
     latent_dim: int

@@ -50,7 +50,7 @@ class LatentModel(nn.Module):
         self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
         self.hazard, self.guide = hazard, guide
         self.about = about or {}
-        self._copy: tuple[tuple, Predictor] | None = None
+        self._copy: tuple[Predictor, tuple, Predictor] | None = None  # of what, in which state, the copy
         self._remembered: tuple[Context, tuple[list | None, int]] | None = None
         self.requires_grad_(False).eval()
 
@@ -147,11 +147,11 @@ class LatentModel(nn.Module):
         if not isinstance(self.predictor, Predictor) or not fast_in_bfloat16(self.device):
             return self.predictor
         version = self.device, sum(p._version for p in self.predictor.parameters())
-        if self._copy is None or self._copy[0] != version:
+        if self._copy is None or self._copy[0] is not self.predictor or self._copy[1] != version:
             twin = copy.deepcopy(self.predictor).to(torch.bfloat16)
             twin.proprio_mean, twin.proprio_std = self.predictor.proprio_mean, self.predictor.proprio_std  # millimetres count
-            self._copy = version, twin
-        return self._copy[1]
+            self._copy = self.predictor, version, twin
+        return self._copy[2]
 
     def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
         config, features = self.predictor.config, context.features

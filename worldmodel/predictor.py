@@ -115,7 +115,7 @@ class Predictor(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights. What it is given and what it returns are float32 all the same."""
+        """Of its weights; what `forward` takes and gives is float32 whatever it is."""
         return self.place.dtype
 
     def normalise(self, proprio: Tensor) -> Tensor:

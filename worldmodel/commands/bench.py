@@ -82,7 +82,7 @@ class Config:
     """views, as the model was trained with"""
     randomization: Level = "none"
     """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
-    one thing, further: the shifts"""
+    one thing: the shifts"""
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
@@ -247,8 +247,8 @@ def report(result: dict) -> str:
         "unsafe": f"{result['unsafe_rate']:.1%} of the episodes  "
         + ", ".join(f"{name} {count}" for name, count in result["unsafe_events"].items()),
         "gate": ""
-        if result["refusal_rate"] is None
-        else f"refused {result['refusal_rate']:.1%} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
+        if result["abstention_rate"] is None
+        else f"refused {_percent(result['refusal_rate'])} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
         f"let go {_percent(result['let_go_and_wrong'])} that went wrong; held at {result['abstention_rate']:.1%} of the steps; "
         f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",

@@ -65,7 +65,7 @@ class Config:
     """end an episode at its success"""
     randomization: Level = "none"
     """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
-    one thing, further"""
+    one thing: the shifts"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
@@ -78,6 +78,8 @@ class Config:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
+        if self.randomization == "moved-post":
+            raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", "play")
         if self.env.id and self.policy not in ("play", "random", "nothing"):

@@ -345,15 +345,15 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
 
 
 def _judgements(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
-    """What the gate said at each step, where there is one; `asked`: of first plans score, whether they went, and went wrong."""
+    """What the gate said at each step, where there is one; `asked` as in `abstention`."""
     if config.gate == "off":
         return {}
     asked = []
     for step, info in zip(steps, record.infos[1:]):
         wrong = bool(info["unsafe"]) if step["answer"] == "plan" else step["spared"]
-        if wrong is not None and step["asked"]:
+        if step["asked"]:
             verdict = step["asked"][1]
-            asked.append([round(min(verdict.score, HIGHEST), 5), int(verdict.go), int(wrong)])
+            asked.append([round(min(verdict.score, HIGHEST), 5), int(verdict.go), None if wrong is None else int(wrong)])
     return {
         "asked": asked,
         "answers": [step["answer"] for step in steps],

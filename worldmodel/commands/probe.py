@@ -45,7 +45,8 @@ class Config:
     ridge: bool = True
     """also the ridge probe: linear in all patches"""
     randomization: Level = "none"
-    """how much cameras, colours, light, mass and friction vary between episodes"""
+    """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
+    one thing: the shifts"""
     cameras: tuple[str, ...] = ("front",)
     """views, as the encoder was trained with"""
     workers: int = 2
