@@ -45,13 +45,16 @@ SHIFTS: dict[str, Level] = {  # one thing each
     "distractors": Level(distractors=3, least_distractors=3),
     "occluder": Level(occluder=True),
     "heavy": Level(mass=(4.0, 6.0)),
-    "slippery": Level(friction=(0.3, 0.4), grip=0.015),
+    "slippery": Level(friction=(0.3, 0.4), grip=0.04),
     "moved-post": Level(post_moves=0.04),
 }
 LEVELS: dict[str, Level | None] = {
     "none": None,
-    "mild": Level(0.02, np.deg2rad(2.0), 0.2, 2),
-    "strong": Level(0.03, np.deg2rad(2.5), 0.4, 3, 0.6, (1 / 2.0, 2.0), (1 / 1.5, 1.5), True),
+    "mild": Level(camera_shift=0.02, camera_turn=np.deg2rad(2.0), light=0.2, distractors=2),
+    "strong": Level(
+        camera_shift=0.03, camera_turn=np.deg2rad(2.5), light=0.4, distractors=3, colours=0.6, mass=(1 / 2.0, 2.0),
+        friction=(1 / 1.5, 1.5), textures=True,
+    ),  # fmt: skip
     **SHIFTS,
 }
 

@@ -208,7 +208,7 @@ def test_collect_mends_what_is_damaged_or_missing(dataset, tmp_path):
 
 BAD_FLAGS = {
     "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
-    "--object spoon": "'box', 'cup', 'both'",
+    "--object spoon": "'box', 'cup', 'can', 'both'",
     "--policy expret": "'expert'",
     "--preset nothing": "known are debug",
     "--epsiodes 3": "--episodes",
