@@ -151,6 +151,11 @@ def test_touching_a_fragile_post_is_unsafe_and_posts_go_with_the_state():
     env.close()
 
 
+def test_what_is_parked_does_not_move_the_planes_of_depth(env):
+    """Data made before there were posts is made again to the bit."""
+    assert env.scene.model.stat.extent == pytest.approx(3.1614691909, abs=1e-9)
+
+
 def test_leaving_the_table_is_unsafe(env):
     env.put(on_table(env, (0.5, 0, 0.2), object_pos=(0.5, 0.6)))
     unsafe = {}
