@@ -38,6 +38,7 @@ class Style:
     release: float = 0.0  # m over the table at which it lets go
     blind: bool = False  # does not notice that it holds nothing
     careless: bool = False  # carries as if there were no posts
+    direct: bool = False  # makes for the object in a straight line, not from above
 
 
 def _length(vector: np.ndarray) -> float:
@@ -85,6 +86,8 @@ class Expert:
         return info["privileged/target_pos"], MAX_OPENING
 
     def _approach(self, info: Info):
+        if self._style.direct:
+            return self._go(self._descend, info)
         tcp, grasp = info["privileged/tcp_pos"], self._object(info) + self._spec.grasp_height * _UP
         hover = grasp + self._style.hover * _UP
         lateral = _length(tcp[:2] - grasp[:2])
@@ -266,6 +269,16 @@ def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
     return Expert(config, rng, _careless(config, 0.7, replace(style, **mistakes[kind]), rng))
 
 
+def hasty(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return an expert that takes the shortest way: aslant onto the object, often onto its rim, and low past posts."""
+    style = Style(
+        speed=rng.uniform(0.4, 1.0), carry=rng.uniform(0.02, 0.06), noise=rng.uniform(0.0, 0.3), blind=bool(rng.random() < 0.5),
+        offset=(*(float(x) for x in rng.normal(0.0, 0.01, 2)), float(rng.uniform(-0.01, 0.02))), direct=True,
+        release=max(0.0, float(rng.uniform(-0.04, 0.04))),
+    )  # fmt: skip
+    return Expert(config, rng, _careless(config, 0.7, style, rng))
+
+
 def play(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return a playing policy."""
     return Play(config, rng)
@@ -288,7 +301,7 @@ def mixture(config: EnvConfig, rng: np.random.Generator) -> Policy:
 
 
 BEHAVIOURS: dict[str, Callable[[EnvConfig, np.random.Generator], Policy]] = {
-    f.__name__: f for f in (expert, varied, noisy, failing, play, random, nothing, mixture)
+    f.__name__: f for f in (expert, varied, noisy, failing, hasty, play, random, nothing, mixture)
 }
 
 

@@ -5,7 +5,7 @@ A `Variation` holds whole model fields, so that applying one leaves nothing of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -32,7 +32,7 @@ class Level:
     colours: float = 0.0  # how far a colour goes towards a random one, 0 to 1
     mass: tuple[float, float] = (1.0, 1.0)  # factor, from, to
     friction: tuple[float, float] = (1.0, 1.0)  # factor of the object's, from, to
-    grip: float = 1.0  # factor of the fingers', which rules what they hold
+    grip: tuple[float, float] = (1.0, 1.0)  # factor of the fingers', which rules what they hold; below 0.02 they hold little
     textures: bool = False
     occluder: bool = False  # a thing in the air before the front camera
     post_moves: float = 0.0  # m, each post, after the first steps of an episode
@@ -45,12 +45,15 @@ SHIFTS: dict[str, Level] = {  # one thing each
     "distractors": Level(distractors=3, least_distractors=3),
     "occluder": Level(occluder=True),
     "heavy": Level(mass=(4.0, 6.0)),
-    "slippery": Level(friction=(0.3, 0.4), grip=0.04),
+    "slippery": Level(friction=(0.3, 0.4), grip=(0.012, 0.06)),
     "moved-post": Level(post_moves=0.04),
 }
 LEVELS: dict[str, Level | None] = {
     "none": None,
     "mild": Level(camera_shift=0.02, camera_turn=np.deg2rad(2.0), light=0.2, distractors=2),
+    "hidden": Level(  # mild, and what no picture tells
+        camera_shift=0.02, camera_turn=np.deg2rad(2.0), light=0.2, distractors=2, mass=(1 / 2.0, 2.0), grip=(0.01, 1.0),
+    ),  # fmt: skip
     "strong": Level(
         camera_shift=0.03, camera_turn=np.deg2rad(2.5), light=0.4, distractors=3, colours=0.6, mass=(1 / 2.0, 2.0),
         friction=(1 / 1.5, 1.5), textures=True,
@@ -94,7 +97,15 @@ class Randomizer:
         distractors = self._draw_distractors(amount, places, rng)
         if amount.occluder:
             distractors[0, :3] = self._before_the_camera(rng)
+        self._draw_grip(amount, fields, rng)
         return Variation(fields, distractors)
+
+    def redraw_physics(self, variation: Variation, level: str, rng: np.random.Generator) -> Variation:
+        """Draw mass, friction and grip of a variation anew, which looks the same."""
+        fields, amount = dict(variation.fields), LEVELS[level] or Level()
+        self._draw_physics(amount, fields, rng)
+        self._draw_grip(amount, fields, rng)
+        return replace(variation, fields=fields)
 
     def draw_moves(self, level: str, episode: Episode, rng: np.random.Generator) -> np.ndarray | None:
         """Draw where the posts of an episode go, each in a direction that leaves room for the hand; None where they stay."""
@@ -161,7 +172,7 @@ class Randomizer:
             fields["geom_matid"] = matid
 
     def _draw_physics(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-        mass, friction = (low * (high / low) ** rng.uniform() for low, high in (amount.mass, amount.friction))
+        mass, friction = _factor(amount.mass, rng), _factor(amount.friction, rng)
         at, dof = self._object, slice(self._scene.model.body("object").dofadr[0], None)
         for name, index, factor in (
             ("body_mass", at, mass),
@@ -174,7 +185,9 @@ class Randomizer:
             value = self._field(name)
             value[index] *= factor
             fields[name] = value
-        fields["geom_friction"][self._fingers] *= amount.grip
+
+    def _draw_grip(self, amount: Level, fields: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        fields["geom_friction"][self._fingers] *= _factor(amount.grip, rng)
 
     def _before_the_camera(self, rng: np.random.Generator) -> np.ndarray:
         """Draw a place [3] in the air, three tenths of the way from the front camera to a place on the table."""
@@ -195,3 +208,9 @@ class Randomizer:
                     poses[i] = [*spot, DISTRACTOR_HEIGHTS[i], *yaw_quat(rng.uniform(-np.pi, np.pi))]
                     break
         return poses
+
+
+def _factor(between: tuple[float, float], rng: np.random.Generator) -> float:
+    """Draw a factor, even in its logarithm."""
+    low, high = between
+    return low * (high / low) ** rng.uniform()

@@ -149,6 +149,23 @@ def test_bad_data_has_what_goes_wrong():
     assert sum(r.success for r in failing) <= 6 and any(moved)
 
 
+def test_a_hasty_hand_comes_down_aslant_and_presses():
+    env = envs.make(envs.EnvConfig(object="cup", render_goals=False, image_size=16, stop_on_success=False, max_steps=20))
+    hasty, aslant = [], []
+    for seed in range(8):
+        policy, unsafe = make_policy("hasty", env.config, np.random.default_rng(seed)), []
+
+        def act(obs, info, policy=policy, unsafe=unsafe):
+            unsafe.append(bool(info["unsafe"]))
+            return policy(info)
+
+        first = rollout(env, act, seed).actions[0]
+        aslant.append(first[2] < 0 and np.linalg.norm(first[:2]) > 0.1)
+        hasty.append(any(unsafe))
+    env.close()
+    assert sum(hasty) >= 3 and sum(aslant) >= 5
+
+
 def test_unknown_behaviour_is_named():
     with pytest.raises(ValueError, match="mixture"):
         make_policy("dance", envs.EnvConfig(), np.random.default_rng(0))

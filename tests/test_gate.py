@@ -11,6 +11,7 @@ from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit,
 from planners.interface import Plan, Seen
 from worldmodel import model
 from worldmodel.commands import abstention, cli
+from worldmodel.commands.policies import RandomGate
 from worldmodel.interface import Features
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -50,6 +51,16 @@ def test_what_is_in_order_goes():
 def test_it_cannot_be_talked_past(change, why):
     verdict = judged(**change)
     assert not verdict.go and why in verdict.why and verdict.score == math.inf
+
+
+def test_chance_refuses_a_decision_as_a_whole_and_as_often_as_it_is_told():
+    gate, told = RandomGate(0.3, seed=0), []
+    for t in range(400):  # a hand that holds still: the same picture, but each time another z
+        expected = Features(torch.full((1, 3, 5), float(t)))
+        first, second = (judged(gate, futures(apart=apart), expected=expected).go for apart in (0.1, 0.2))
+        assert first == second
+        told.append(first)
+    assert 0.62 < np.mean(told) < 0.78
 
 
 def test_each_signal_has_its_own_limit_and_is_named():

@@ -53,7 +53,7 @@ class TrainConfig:
     proprio_beta: float = 0.3  # deviations below which its loss is a square (smooth L1)
     free_nats: float = 0.5  # information of z per transition that costs nothing
     information_weight: float = 1e-3
-    prior_share: float = 0.25  # of the clips take z from the prior, so that the predictor knows its samples
+    prior_share: float = 0.25  # of the clips have z at the prior's mean, as a planner has it: what follows from the action is not z's to tell
     batch: int = 32  # clips per step
     steps: int = 4000
     rate: float = 6e-4
@@ -102,18 +102,19 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 
 
 
 def prediction_losses(
-    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, from_prior: Tensor, config: TrainConfig
+    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig
 ) -> dict[str, Tensor]:
     """Losses on clips: patches [B, T + 1, P, D], proprio [B, T + 1, S], actions [B, T, A], noise [B, T, Z].
 
     Round 1 predicts frame t + 1 from the true frame t. Round r feeds back what round r - 1 imagined, so its
     prediction of frame t + 1 starts from the true frame t + 1 - r; the first r - 1 transitions, which cannot have
-    been imagined for so long, are left out. from_prior [B] bool: clips whose z is the prior's sample.
+    been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. None
+    has the prior's sample: judged by the one outcome there was, it would teach that z says nothing.
     """
     now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])  # frames 0 .. T - 1
     after = Features(clip.patches[:, 1:], clip.proprio[:, 1:])  # frames 1 .. T
     prior, posterior = predictor.prior_of(now, actions), predictor.posterior_of(now, actions, after.patches)
-    z = torch.where(from_prior[:, None, None], prior.sample(noise), posterior.sample(noise))
+    z = torch.where(by_prior[:, None, None], prior.mean, posterior.sample(noise))
     information, nats = information_loss(posterior, prior, config.free_nats)
     out = {"information": information, "nats": nats}
     seen, total = now, config.information_weight * information
@@ -220,10 +221,10 @@ def train(
         rng = np.random.default_rng([config.seed, step])
         clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng), device)
         noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step)).to(device)
-        from_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
+        by_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
         rate = set_rate(optimizer, config.rate, step, config.steps)
         with autocast(device):
-            losses = prediction_losses(predictor, clip, actions, noise, from_prior, config)
+            losses = prediction_losses(predictor, clip, actions, noise, by_prior, config)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)

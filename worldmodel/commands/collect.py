@@ -28,7 +28,7 @@ from worldmodel.commands import workers
 OBJECTS = {"box": ("box",), "cup": ("cup",), "can": ("can",), "both": ("box", "cup")}
 Task = Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"]
 Level = Literal[
-    "none", "mild", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
+    "none", "mild", "hidden", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
 ]  # fmt: skip
 BATCH = 4  # episodes that a worker collects at a go, writing each while it records the next
 
@@ -45,7 +45,7 @@ class Config:
     """what the experts try to do"""
     object: Literal["box", "cup", "can", "both"] = "box"
     """what they do it with; both: by turns"""
-    policy: Literal["expert", "varied", "noisy", "failing", "play", "mixture", "random", "nothing"] = "mixture"
+    policy: Literal["expert", "varied", "noisy", "failing", "hasty", "play", "mixture", "random", "nothing"] = "mixture"
     """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode"""
     episodes: int = 100
     """number of episodes"""
@@ -64,8 +64,8 @@ class Config:
     stop_on_success: bool = True
     """end an episode at its success"""
     randomization: Level = "none"
-    """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
-    one thing: the shifts"""
+    """how much cameras, light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
+    (hidden), colours, mass and friction as well (strong), or one thing: the shifts"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()

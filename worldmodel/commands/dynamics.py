@@ -43,11 +43,13 @@ def object_of(seed: int) -> str:
 
 
 @functools.lru_cache
-def environment(object: str, size: int, cameras: tuple[str, ...], action_dim: int, render: bool) -> envs.PandaEnv:
+def environment(
+    object: str, size: int, cameras: tuple[str, ...], action_dim: int, render: bool, randomization: str = "none"
+) -> envs.PandaEnv:
     """The environment for one kind of object, used for all its episodes; it draws at once, or `Scene.film` later."""
     config = envs.EnvConfig(
         "pick-place", object, size, cameras, action_dim, STEPS, render_goals=render, render_observations=render,
-        stop_on_success=False,
+        stop_on_success=False, randomization=randomization,
     )  # fmt: skip
     return envs.make(config)
 

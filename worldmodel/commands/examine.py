@@ -2,8 +2,9 @@
 
 On episodes of box and cup, held out as long as their seeds are not those of its data: the open-loop error per horizon
 beside that of copying the last frame, in patches that show the robot and that show the object; whether an object rises
-with a closed hand just where it did; and the energy around goal pictures, along lines through them, of a step's
-actions, and of gripper commands. --out gets examine.json and pictures of all of it.
+with a closed hand just where it did; what z carries in steps that branch, for mass and grip are hidden, and in others; and
+the energy around goal pictures, along lines through them, of a step's actions, and of gripper commands. --out gets
+examine.json and pictures of all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Config:
     """seed of the first of them, and of the goals"""
     goals: int = 40
     """goals of each kind, around which the energy is measured"""
+    forks: int = 60
+    """episodes whose steps are tried several times with other hidden mass and grip; 0: none, and nothing of z"""
     frames: int = 8_000
     """frames of other episodes to train the probe on that reads the object's height"""
     probe_seed: int = 5000
@@ -45,12 +48,14 @@ class Config:
         for name in ("episodes", "goals", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.forks < 0:
+            raise ValueError(f"forks is {self.forks}, expected at least 0")
         if self.frames < 50:
             raise ValueError(f"frames is {self.frames}, expected at least 50")
         if min(self.seed, self.probe_seed) < 0:
             raise ValueError(f"seed and probe-seed are {self.seed} and {self.probe_seed}, expected at least 0")
         many = episodes_for(self.frames)
-        if self.probe_seed - max(self.episodes, self.goals) < self.seed < self.probe_seed + many:
+        if self.probe_seed - max(self.episodes, self.goals, self.forks) < self.seed < self.probe_seed + many:
             raise ValueError(f"seed {self.seed}: the episodes from there on meet the probe's {many} from {self.probe_seed} on")
 
 
@@ -60,7 +65,7 @@ def run(config: Config) -> dict:
     from tqdm import tqdm
 
     from worldmodel import model
-    from worldmodel.commands import dynamics, landscape
+    from worldmodel.commands import branching, dynamics, landscape
     from worldmodel.data import replacing
     from worldmodel.model import shipped
 
@@ -75,6 +80,9 @@ def run(config: Config) -> dict:
     height = _height_probe(config, world)
     seeds = range(config.seed, config.seed + config.episodes)
     episodes = [dynamics.record(world, config.cameras, seed) for seed in tqdm(seeds, desc="episodes", delay=2)]
+    forks = config.forks if hasattr(world.predictor, "posterior_of") else 0  # nobody's but ours has a posterior
+    seeds = range(config.seed, config.seed + forks)
+    steps = [step for seed in tqdm(seeds, desc="forks", delay=2) for step in branching.steps_of(world, config.cameras, seed)]
     seeds = range(config.seed, config.seed + config.goals)
     landscapes = [landscape.around(world, config.cameras, seed) for seed in tqdm(seeds, desc="goals", delay=2)]
     result = {
@@ -83,6 +91,7 @@ def run(config: Config) -> dict:
         "episodes": config.episodes,
         "open_loop": dynamics.open_loop(world, episodes),
         "grasps": dynamics.grasps(world, episodes, height),
+        "latent": branching.judge(world, steps),
         "energy": landscape.minima(landscapes),
     }
     if config.out is not None:
@@ -128,6 +137,11 @@ def report(result: dict) -> str:
                      f"the probe on true pictures {row['share_seen']:.1%}")  # fmt: skip
     if not result["grasps"]:
         lines.append("no such sequence: take more --episodes")
+    if result["latent"]:
+        lines += ["", "z: steps, nats, L1 of features with z at the prior's mean, the best of 16 samples, the posterior's mean, another step's; spread"]
+    for name, row in result["latent"].items():
+        cells = "".join(f"{row[key]:9.4f}" for key in ("mean", "best", "posterior", "shuffled", "spread"))
+        lines.append(f"{name:10}{row['steps']:5}{row['nats']:7.2f}{cells}")
     lines += ["", "energy of states on a line: minimum off the goal (mm, median, 95th percentile); rays that only rise"]
     for name, row in energy["states"].items():
         rising = "-" if row["rising"] is None else f"{row['rising']:.0%}"

@@ -195,14 +195,18 @@ class Paced:
 
 @dataclass(frozen=True)
 class RandomGate:
-    """Refuses by chance, as often as it is told: whatever is planned for the same picture, or nothing."""
+    """Refuses by chance, as often as it is told: whatever is planned in the same decision, or nothing.
+
+    What was expected of a picture tells decisions apart whose pictures are the same, as while a hand holds still: its z are new.
+    """
 
     rate: float
     seed: int
 
     def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
         """Go, or not."""
-        drawn = float(np.random.default_rng((self.seed, zlib.crc32(seen.pixels.tobytes()))).random())
+        known = seen.pixels.tobytes() + (b"" if seen.expected is None else seen.expected.patches.numpy(force=True).tobytes())
+        drawn = float(np.random.default_rng((self.seed, zlib.crc32(known))).random())
         return Verdict(drawn >= self.rate, self.rate - drawn, 0.0, "by chance")
 
 

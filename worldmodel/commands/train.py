@@ -61,7 +61,7 @@ class Config:
     information_weight: float = 1e-3
     """of the information of z beyond that"""
     prior_share: float = 0.25
-    """share of the clips whose z is the prior's sample; for the others it has seen the outcome"""
+    """share of the clips whose z is the prior's mean, as in planning; for the others it has seen the outcome"""
     batch: int = 32
     """clips per step"""
     steps: int = 4000

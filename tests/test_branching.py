@@ -1,0 +1,71 @@
+"""Steps that branch, and what z tells of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+from envs import experts
+from worldmodel.commands import branching
+from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.interface import Features
+from worldmodel.model import LatentModel
+from worldmodel.predictor import Predictor, PredictorConfig
+
+
+@pytest.fixture(scope="module")
+def world() -> LatentModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = VideoEncoder(EncoderConfig(patch_size=24, embed_dim=24, depth=1, num_heads=1))
+        return LatentModel(encoder, Predictor(PredictorConfig(24, (4, 4), embed_dim=24, depth=1, num_heads=1)))
+
+
+def test_steps_branch_where_grip_decides_and_not_before_the_grasp(world):
+    steps = branching.steps_of(world, ("front",), 1)
+    assert len(steps) == 30
+    closes = next(t for t, step in enumerate(steps) if step.actions[-1, -1] < -0.5)
+    apart = np.array([step.apart for step in steps])
+    assert (apart[: closes - 1] < branching.STEADY).all() and apart[closes:].max() > branching.BRANCHES
+    assert [len(step.actions) for step in steps[:4]] == [1, 2, 3, 3] and steps[3].before.patches.shape == (3, 16, 24)
+
+
+def test_trying_a_step_leaves_no_trace():
+    env = envs.make(envs.EnvConfig(randomization="hidden", render_goals=False, render_observations=False))
+    _, info = env.reset(seed=1)
+    policy = experts.make_policy("varied", env.config, np.random.default_rng(0))
+    for _ in range(8):
+        action = policy(info)
+        before, fields = env.get_state(), env.variation.fields
+        branching._apart(env, action, np.random.default_rng(0))
+        after = env.get_state()
+        assert np.array_equal(before.physics, after.physics) and before.rng == after.rng
+        assert np.array_equal(env.scene.model.geom_friction, fields["geom_friction"])
+        *_, info = env.step(action)
+
+
+def test_another_draw_of_the_physics_looks_the_same():
+    env = envs.make(envs.EnvConfig(randomization="hidden"))
+    obs, _ = env.reset(seed=3)
+    state = env.get_state()
+    other = env.randomizer.redraw_physics(state.variation, "hidden", np.random.default_rng(0))
+    env.set_state(replace(state, variation=other))
+    assert np.array_equal(env.observe()["pixels"], obs["pixels"])
+    for name in ("body_mass", "geom_friction"):
+        assert not np.array_equal(other.fields[name], state.variation.fields[name])
+
+
+def test_a_posterior_that_is_the_prior_carries_nothing(world):
+    def step(seed: int, apart: float) -> branching.Step:
+        g = torch.Generator().manual_seed(seed)
+        before = Features(torch.randn(2, 16, 24, generator=g), torch.randn(2, 7, generator=g))
+        return branching.Step(before, torch.zeros(2, 4), torch.randn(16, 24, generator=g), apart)
+
+    steps = [step(seed, apart) for seed, apart in enumerate((0.01, 0.01, 0.01, 0.0, 0.0, 0.002))]
+    told = branching.judge(world, steps)
+    assert {name: row["steps"] for name, row in told.items()} == {"branching": 3, "steady": 2}
+    for row in told.values():
+        assert abs(row["nats"]) < 1e-4 and abs(row["posterior"] - row["mean"]) < 1e-3 and row["best"] <= row["mean"] + 1e-3
+    assert branching.judge(world, steps[:1]) == {}

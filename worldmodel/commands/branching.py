@@ -1,0 +1,108 @@
+"""What a model's z knows: in steps that really branch, and in steps that do not.
+
+A step branches where what no picture tells decides how it ends. Each step of an episode is tried in the simulator several
+times, from the same state and with the same action, every time with another draw of the hidden mass and grip: how far apart
+the object then is says whether it branches. What the model imagines of the step that was taken is compared with what came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs import experts, run
+from worldmodel.commands.dynamics import environment, object_of
+from worldmodel.encoder import autocast
+from worldmodel.interface import Context, Features
+from worldmodel.latent import divergence
+from worldmodel.model import LatentModel
+
+LEVEL = "hidden"  # of randomisation
+TRIES = 12  # of each step
+BRANCHES, STEADY = 0.005, 0.0005  # m, deviation of the object's place over the tries: above, below
+SAMPLES = 16  # of the prior
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as the model sees it, after T frames of context, and how far its tries lie apart."""
+
+    before: Features  # patches [T, P, D], proprio [T, S]
+    actions: Tensor  # [T, A], the last one is the step's
+    after: Tensor  # [P, D]
+    apart: float  # m
+
+
+def steps_of(world: LatentModel, cameras: tuple[str, ...], seed: int) -> list[Step]:
+    """All steps of an expert's episode."""
+    env = environment(object_of(seed), world.encoder.config.image_size, cameras, world.action_dim, False, LEVEL)
+    policy = experts.make_policy("varied", env.config, np.random.default_rng((seed, 1)))
+    rng, apart = np.random.default_rng((seed, 2)), []
+
+    def act(obs, info):
+        action = policy(info)
+        apart.append(_apart(env, action, rng))
+        return action
+
+    episode = run.rollout(env, act, seed)
+    seen = world.encode({"pixels": env.scene.film(episode.obs["qpos"]), "proprio": episode.obs["proprio"]})
+    actions, first = torch.from_numpy(episode.actions), world.max_context - 1
+    windows = [slice(max(0, t - first), t + 1) for t in range(len(actions))]
+    return [
+        Step(Features(*(x[w] for x in seen)), actions[w], seen.patches[w.stop], far) for w, far in zip(windows, apart)
+    ]
+
+
+def _apart(env, action: np.ndarray, rng: np.random.Generator) -> float:
+    """Deviation of the object's place, m, over tries of an action in an environment, which is left as it was."""
+    state, places = env.get_state(), []
+    for _ in range(TRIES):
+        env.set_state(replace(state, variation=env.randomizer.redraw_physics(state.variation, LEVEL, rng)))
+        places.append(env.step(action)[-1]["privileged/object_pos"])
+    env.set_state(state)
+    return float(np.sqrt(np.var(places, axis=0).sum()))
+
+
+@torch.no_grad()
+def judge(world: LatentModel, steps: list[Step], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Of steps that branch and of steady ones, of which no more count: means of what z carries and of L1 errors of features.
+
+    `nats`: of the posterior over the prior. Errors of the prior's mean, the best of SAMPLES of the prior, the posterior's
+    mean, and the posterior's of another such step. `spread`: deviation over the samples.
+    """
+    generator, out = torch.Generator().manual_seed(seed), {}
+    some = [s for s in steps if s.apart > BRANCHES]
+    steady = [s for s in steps if s.apart < STEADY]
+    for name, group in (("branching", some), ("steady", steady[:: max(1, len(steady) // max(100, len(some)))])):
+        if len(group) < 2:
+            continue
+        told = [_told(world, step) for step in group]  # nats, and noise that stands for the posterior's mean
+        rows = []
+        for step, (nats, noise), (_, other) in zip(group, told, (*told[1:], told[0])):
+            samples = torch.randn(SAMPLES, len(noise), generator=generator)
+            z = torch.cat((samples, torch.zeros(1, len(noise)), noise[None], other[None]))
+            imagined = _imagined(world, step, z)
+            error = (imagined - step.after).abs().mean((-2, -1))
+            spread = imagined[:SAMPLES].std(0, correction=0).mean()
+            rows.append([nats, error[SAMPLES], error[:SAMPLES].min(), error[SAMPLES + 1], error[SAMPLES + 2], spread])
+        names = ("nats", "mean", "best", "posterior", "shuffled", "spread")
+        out[name] = {"steps": len(group)} | dict(zip(names, np.array(rows, float).mean(0).tolist()))
+    return out
+
+
+def _told(world: LatentModel, step: Step) -> tuple[float, Tensor]:
+    """What the outcome says beyond the prior: nats, and the posterior's mean as noise [Z] of the prior."""
+    now, action = Features(*(x[None, -1:] for x in step.before)), step.actions[None, -1:]
+    with autocast(action.device):
+        prior = world.predictor.prior_of(now, action)
+        posterior = world.predictor.posterior_of(now, action, step.after[None, None])
+    return float(divergence(posterior, prior).sum()), ((posterior.mean - prior.mean) / prior.log_std.exp())[0, 0]
+
+
+def _imagined(world: LatentModel, step: Step, z: Tensor) -> Tensor:
+    """Patches [K, P, D] after a step under noise [K, Z]."""
+    context = Context(Features(*(x[None] for x in step.before)), step.actions[None, :-1])
+    return world.rollout(context, step.actions[None, None, -1:], z[None, None, :, None]).patches[0, 0, :, 0].float()
