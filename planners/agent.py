@@ -32,6 +32,7 @@ class AgentConfig(CourseConfig):
     chunk: int = 512  # futures imagined at once; bounds memory
     risk_weight: float = 0.5  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
     caution: float = 2.0  # the same of the plan that is made when the gate has refused one
+    retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
     refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Decision:
     seconds: float  # that this step's decision took
     later: Sequence[np.ndarray] = ()  # what its plan has left after the action, each float32 [A]
     asked: tuple[np.ndarray, Verdict] | None = None  # the first plan's action [A], and what the gate said of it; None: none made
-    answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, hold, hand over
+    answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, retreat, hold, hand over
 
 
 def imagine(
@@ -111,10 +112,11 @@ class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Where the gate refuses a plan
-    it makes a more cautious one, then a smaller step, then answers with `fallback` [A] (zeros without), and after some of
-    those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
+    it makes a more cautious one, then a smaller step, then asks about `config.retreat`, then answers with `fallback` [A] (zeros
+    without), and after some of those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
-    `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one.
+    `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one,
+    and after a refusal `planner.careful`.
     If there is `model.suggest`, a search begins with what that says of the way to the goal, but for `planner.choices`.
     """
 
@@ -132,6 +134,8 @@ class Agent:
         self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
         self.hazard = hazard
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
+        if len(config.retreat) not in (0, model.action_dim):
+            raise ValueError(f"retreat is {config.retreat}: expected an action of {model.action_dim} numbers, or ()")
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
         self.last: Decision | None = None
@@ -290,16 +294,22 @@ class Agent:
         decision = self._judged(plan, context, observed, "plan")
         asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
         if not decision.verdict.go and self.hazard is not None:
-            cautious = self.planner.plan(self._cost(context, horizon, config.caution), start, generator)
+            careful = getattr(self.planner, "careful", self.planner)
+            cautious = careful.plan(self._cost(context, horizon, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
+
+        def instead(action: Tensor, answer: str) -> Decision:
+            """Of other actions [A] or [1, H, A] than those of the last plan."""
+            actions = action.to(plan.actions).expand_as(plan.actions)
+            return self._judged(replace(decision.plan, actions=actions, cost=cost(actions[:, None])[:, 0]), context, observed, answer)
+
         if not decision.verdict.go:
-            half = decision.plan.actions / 2
-            decision = self._judged(replace(decision.plan, actions=half, cost=cost(half[:, None])[:, 0]), context, observed, "smaller step")
+            decision = instead(decision.plan.actions / 2, "smaller step")
+        if not decision.verdict.go and config.retreat:
+            decision = instead(torch.tensor(config.retreat), "retreat")
         if not decision.verdict.go:  # what runs is the fallback, and what is expected is what follows from that
-            still = torch.from_numpy(self.fallback).to(plan.actions).expand_as(plan.actions)
-            held = replace(decision.plan, actions=still, cost=cost(still[:, None])[:, 0])
             answer = "hand over" if self._holds + 1 >= config.refusals else "hold"
-            decision = replace(self._judged(held, context, observed, answer), verdict=decision.verdict)
+            decision = replace(instead(torch.from_numpy(self.fallback), answer), verdict=decision.verdict)
         return replace(decision, asked=asked)
 
     def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:

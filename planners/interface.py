@@ -36,8 +36,8 @@ class Plan:
 class Planner(Protocol):
     """Searches actions of low cost.
 
-    One may have `eager`, a Planner that the agent asks instead where there is no progress, and `choices`, action dimensions
-    of which no suggestion is to be made.
+    One may have `eager` and `careful`, Planners that the agent asks instead where there is no progress, and where a plan was
+    refused; and `choices`, action dimensions of which no suggestion is to be made.
     """
 
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:

@@ -108,6 +108,14 @@ class SamplingPlanner:
         """The same, but content with a smaller gain by the gripper."""
         return replace(self, config=replace(self.config, margin=min(self.config.margin, self.config.eager_margin)))
 
+    @property
+    def careful(self) -> SamplingPlanner:
+        """The same, but one that looks about at least as much as by default: for where what lies near has been refused."""
+        config, least = self.config, SamplingConfig()
+        more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites")}
+        std = config.std if isinstance(config.std, tuple) else max(config.std, least.std)
+        return replace(self, config=replace(config, std=std, **more))
+
     @torch.no_grad()
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
         """Improve on warm_start [B, H, A].

@@ -8,7 +8,7 @@ import torch
 
 from planners.agent import Agent, AgentConfig, imagine
 from planners.gate import Limits, SafetyGate
-from planners.interface import Verdict
+from planners.interface import Plan, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.energy import GoalEnergy
 from worldmodel.interface import Context, Features
@@ -323,7 +323,32 @@ def test_a_refused_plan_is_answered_with_a_safer_one():
     assert cautious.answer == "cautious plan" and 0 < np.abs(cautious.action).max() <= 0.5
     smaller = go(agent_of(gate=Limited(0.6)), Plane(), 1, FAR)[0]
     assert smaller.answer == "smaller step" and 0.3 < np.abs(smaller.action).max() <= 0.6
-    assert torch.equal(smaller.plan.cost, smaller.plan.cost) and smaller.verdict.go
+    assert smaller.verdict.go
+    back = AgentConfig(retreat=(-0.1, 0.0))
+    assert [d.answer for d in go(agent_of(config=back, gate=Limited(0.2)), Plane(), 2, FAR)] == ["retreat"] * 2
+    assert np.array_equal(go(agent_of(config=back, gate=Limited(0.2)), Plane(), 1, FAR)[0].action, np.float32([-0.1, 0.0]))
+    assert go(agent_of(config=back, gate=Limited(0.05)), Plane(), 1, FAR)[0].answer == "hold"
+
+
+def test_where_a_plan_is_refused_a_careful_planner_is_asked_once():
+    class Two:
+        """A planner with another for refusals."""
+
+        careful = SamplingPlanner(SamplingConfig(gripper="gaussian", samples=8, elites=2, iterations=1))
+
+        def plan(self, cost, warm_start, generator):
+            actions = torch.full_like(warm_start, -0.9)
+            return Plan(actions, cost(actions[:, None])[:, 0], actions)
+
+    class First:
+        """Refuses what the first of them wants."""
+
+        def judge(self, plan, imagined, seen):
+            return Verdict(bool((plan.actions != -0.9).any()), 0.0, 0.0, "-0.9")
+
+    agent = agent_of(gate=First())
+    agent.planner, agent.hazard = Two(), lambda imagined, actions: torch.zeros(*imagined.patches.shape[:4])
+    assert go(agent, Plane(), 1, FAR)[0].answer == "cautious plan"
 
 
 def test_imagination_in_chunks_costs_the_same_and_bounds_what_is_held():
@@ -388,6 +413,8 @@ def test_bad_configs_are_refused():
             AgentConfig(**fields)
     with pytest.raises(ValueError, match="2 entries for 3 sub-goals"):
         agent_of(config=AgentConfig(subgoal_steps=(1, 2))).reset(FAR)
+    with pytest.raises(ValueError, match="retreat"):
+        agent_of(config=AgentConfig(retreat=(1.0,)))
     with pytest.raises(ValueError, match="fallback"):
         agent_of(fallback=np.zeros(3))
 

@@ -261,6 +261,21 @@ def test_unknown_preset_key_is_named(tmp_path, capfd, monkeypatch):
     assert os.listdir(tmp_path) == ["collect"]
 
 
+def test_one_preset_serves_a_whole_pipeline(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(cli, "PRESETS", tmp_path)
+    text = "env: {id: Reacher-v5, proprio: [0, 1]}\ncollect: {episodes: 3, out: there}\ntrain: {data: there, encoder: e, out: run}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    for name in ("mine", str(tmp_path / "mine.yaml")):
+        config = cli.parse("collect", collect, [], name)
+        assert (config.env.id, config.env.proprio, config.episodes, config.out) == ("Reacher-v5", (0, 1), 3, Path("there"))
+        assert cli.parse("train", importlib.import_module("worldmodel.commands.train"), ["--steps", "7"], name).steps == 7
+    assert cli.presets("collect") == cli.presets("train") == ["mine"] and cli.presets("bench") == []
+    assert "has no part for bench" in refuse(capfd, "bench", "--preset", "mine", "--out", tmp_path / "set")
+    assert "and paths of .yaml files" in refuse(capfd, "bench", "--preset", tmp_path / "none.yaml", "--out", tmp_path / "set")
+    (tmp_path / "mine.yaml").write_text("colect: {}\n")
+    assert "unknown key 'colect'; expected env, and commands: collect" in refuse(capfd, "bench", "--preset", "mine", "--out", tmp_path)
+
+
 def test_flags_know_all_tasks_and_levels():
     from envs.randomize import LEVELS
     from envs.tasks import TASKS

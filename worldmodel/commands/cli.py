@@ -44,7 +44,8 @@ COMMANDS = {
 }
 SHARED = """\
 Shared by all commands:
-  --preset NAME      take the fields' values from assets/presets/COMMAND/NAME.yaml; flags override them
+  --preset NAME      take the fields' values from assets/presets/COMMAND/NAME.yaml, or of a whole pipeline, a file of
+                     any name that ends in .yaml or assets/presets/NAME.yaml, what stands under COMMAND and env; flags override them
   --json             print the result as one JSON object on stdout, and nothing else
   --debug-traceback  show where a bad input was noticed (also: WORLDMODEL_TRACEBACK=1)
 Exit codes: 0 success, 2 bad input, 1 failure."""
@@ -109,8 +110,9 @@ def shared(config, recipe: type) -> dict[str, typing.Any]:
 
 
 def presets(command: str) -> list[str]:
-    """Names of a command's presets."""
-    return sorted(path.stem for path in (PRESETS / command).glob("*.yaml"))
+    """Names of a command's presets, those of whole pipelines that have a part for it included."""
+    pipelines = [path for path in PRESETS.glob("*.yaml") if command in _yaml(path)]
+    return sorted(path.stem for path in [*(PRESETS / command).glob("*.yaml"), *pipelines])
 
 
 def _overview() -> str:
@@ -159,19 +161,17 @@ def _fields(config: type, prefix: str = "") -> dict[str, type]:
 
 def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> list[str]:
     """A preset as the flags that say the same."""
-    import yaml
-
     if preset is None:
         return []
-    path = PRESETS / command / f"{preset}.yaml"
-    if preset not in presets(command):
-        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets(command)) or 'none'}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, expected keys and values")
+    path, whole = PRESETS / command / f"{preset}.yaml", Path(preset)
+    if whole.suffix != ".yaml":
+        whole = PRESETS / f"{preset}.yaml"
+    if path.is_file():
+        values = _yaml(path)
+    elif whole.is_file():
+        path, values = whole, _part(command, whole, known)
+    else:
+        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets(command)) or 'none'}, and paths of .yaml files")
     flags = []
     for name, value in _flat(values).items():
         if name not in known:
@@ -183,6 +183,31 @@ def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> l
         else:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def _part(command: str, path: Path, known: dict[str, type]) -> dict:
+    """What the preset of a whole pipeline says to a command: what stands under its name, and `env` if it has environments."""
+    values = _yaml(path)
+    if strange := [str(key) for key in values if key != "env" and key not in COMMANDS]:
+        raise ValueError(f"{path} has unknown key {strange[0]!r}; expected env, and commands: {', '.join(COMMANDS)}")
+    own = values.get(command)
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} has no part for {command}: expected {command!r} with the fields' values under it")
+    shared = {"env": values["env"]} if "env" in values and any(name.startswith("env.") for name in known) else {}
+    return shared | own
+
+
+def _yaml(path: Path) -> dict:
+    """Keys and values of a file. Raises ValueError where it holds something else."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected keys and values")
+    return values
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:
