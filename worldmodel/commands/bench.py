@@ -403,21 +403,17 @@ def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
         for seed in seeds:
             yield _play(config, player, seed)
         return
-    with workers.pool(min(config.workers, len(seeds)), config.threads, _prepare, config) as pool:
+    with workers.pool(min(config.workers, len(seeds)), config.threads, player_of, config) as pool:
         for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
             yield workers.result(future)
 
 
-def _prepare(config: Config) -> None:
-    _player(config)
-
-
 def _play_there(config: Config, seed: int) -> dict:
-    return _play(config, _player(config), seed)
+    return _play(config, player_of(config), seed)
 
 
 @functools.lru_cache
-def _player(config: Config):
+def player_of(config: Config):
     """The player of this worker process."""
     from worldmodel.commands.policies import Player
 

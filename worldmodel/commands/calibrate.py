@@ -11,13 +11,21 @@ refuses leads elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.commands import bench
+from worldmodel.commands import bench, workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worldmodel.density import Density
 
 SIGNALS = ("hazard", "doubt", "surprise", "novelty")
 
@@ -32,8 +40,10 @@ class Config(bench.Config):
     """episodes to play: a third tells what pictures are usual, the others the limits"""
     seed: int = 8000
     """seed of the first one; below 10000, where benchmarks begin, and above 6999, up to which the shipped weights were trained"""
+    workers: int = 1
+    """number of processes; changes no result"""
     threads: int = 2
-    """processor threads"""
+    """processor threads of each"""
     risk: float = 0.05
     """share of an episode's decisions that may be let go and go wrong (0 to 1)"""
     alarm: float = 0.05
@@ -53,7 +63,6 @@ def run(config: Config) -> dict:
     """Play, find the limits, write them."""
     import torch
 
-    from planners.gate import Limits
     from worldmodel.checkpoint import save_tensors
     from worldmodel.commands.policies import Player, calibrated_for
     from worldmodel.density import Density
@@ -62,16 +71,14 @@ def run(config: Config) -> dict:
         raise FileExistsError(f"{config.out} exists; give a path that does not")
     played = bench.resolved(bench.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(bench.Config)}))
     player = Player(played)
-    model = player.model
-    if getattr(model, "hazard", None) is None:
+    player.begin(config.seed)  # notices what is wrong before anything takes long
+    if getattr(player.model, "hazard", None) is None:
         raise ValueError(f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one")
+    player.close()
     seeds = range(config.seed, config.seed + config.episodes)
     first = max(1, config.episodes // 3)
-    films = [player.play(seed)[1] for seed in tqdm(seeds[:first], desc="what is usual", unit="episode")]
-    density = Density.fit(torch.cat([model.encode({"pixels": film.frames}).patches for film in films]))
-    player.agent.gate = player.gate_of(Limits(), density)
-    episodes = [_decisions(player, seed) for seed in tqdm(seeds[first:], desc="limits", unit="episode")]
-    player.close()
+    density = Density.fit(torch.cat(_each(_usual, played, None, seeds[:first], "what is usual")))
+    episodes = _each(_decisions, played, density, seeds[first:], "limits")
     limits = limits_for(episodes, config.risk, config.alarm)
     about = judged(episodes, limits)
     told = {name: value if np.isfinite(value) else None for name, value in limits.items()}  # JSON lacks infinity
@@ -117,9 +124,30 @@ def judged(episodes: list[list[dict]], limits: dict[str, float]) -> dict:
     }  # fmt: skip
 
 
-def _decisions(player, seed: int) -> list[dict]:
+def _each(what: Callable, config: bench.Config, density, seeds: Sequence[int], title: str) -> list:
+    """What follows from the episodes of these seeds, in their order, here or in worker processes."""
+    bar = functools.partial(tqdm, total=len(seeds), desc=title, unit="episode")
+    if config.workers == 1:
+        return [what(config, density, seed) for seed in bar(seeds)]
+    with workers.pool(min(config.workers, len(seeds)), config.threads, bench.player_of, config) as pool:
+        return [workers.result(future) for future in bar([pool.submit(what, config, density, seed) for seed in seeds])]
+
+
+def _usual(config: bench.Config, density: None, seed: int) -> Tensor:
+    """Features [M, P, D] of an episode's pictures."""
+    from planners.interface import OpenGate
+
+    player = bench.player_of(config)
+    player.agent.gate = OpenGate()
+    return player.model.encode({"pixels": player.play(seed)[1].frames}).patches
+
+
+def _decisions(config: bench.Config, density: Density, seed: int) -> list[dict]:
     """The signals of an episode's decisions, each with whether its step was unsafe; those of a goal count as a picture's."""
-    steps: list[dict] = []
+    from planners.gate import Limits
+
+    player, steps = bench.player_of(config), []
+    player.agent.gate = player.gate_of(Limits(), density)
     entry, _ = player.play(seed, steps)
     bad = {event["step"] - 1 for event in entry["unsafe"]}
     known = [(t, step["verdict"].signals) for t, step in enumerate(steps) if step["verdict"].signals]
