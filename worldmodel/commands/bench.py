@@ -403,9 +403,14 @@ def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
         for seed in seeds:
             yield _play(config, player, seed)
         return
-    with workers.pool(min(config.workers, len(seeds)), config.threads, player_of, config) as pool:
+    with workers.pool(min(config.workers, len(seeds)), config.threads, prepare, config) as pool:
         for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
             yield workers.result(future)
+
+
+def prepare(config: Config) -> None:
+    """Make the player of this worker process."""
+    player_of(config)
 
 
 def _play_there(config: Config, seed: int) -> dict:

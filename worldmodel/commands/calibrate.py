@@ -129,7 +129,7 @@ def _each(what: Callable, config: bench.Config, density, seeds: Sequence[int], t
     bar = functools.partial(tqdm, total=len(seeds), desc=title, unit="episode")
     if config.workers == 1:
         return [what(config, density, seed) for seed in bar(seeds)]
-    with workers.pool(min(config.workers, len(seeds)), config.threads, bench.player_of, config) as pool:
+    with workers.pool(min(config.workers, len(seeds)), config.threads, bench.prepare, config) as pool:
         return [workers.result(future) for future in bar([pool.submit(what, config, density, seed) for seed in seeds])]
 
 
