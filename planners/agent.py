@@ -21,6 +21,8 @@ from planners.course import Course, CourseConfig, at_least
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
+READINGS = 5  # of the last pictures' proprioception, which is known, that mend those of the goals
+
 
 @dataclass(frozen=True)
 class AgentConfig(CourseConfig):
@@ -152,8 +154,9 @@ class Agent:
         self._shape = _checked(goals[0], "goal", None)["pixels"].shape
         checked = [_checked(g, "goal", self._shape) for g in goals]
         self._goals = [self.model.encode(g) for g in checked]
-        self._pursued = self._goals  # the sub-goals' features
-        self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._goals]
+        self._known = ["proprio" in g for g in checked]
+        self._off: deque[Tensor] = deque(maxlen=READINGS)  # each [S], what the last readings were off
+        self._pursue(self._goals, self._known)
         self._finds = self.propose is not None and len(goals) == 1
         self._course = Course(self.config, len(goals))
         self._generator = torch.Generator().manual_seed(seed)
@@ -182,6 +185,8 @@ class Agent:
         context = self._ahead_of(self._context(), under_way)
         if self._finds and self._course.subgoal == 0:
             self._find_subgoals()
+        elif self._off:
+            self._pursue(self._wanted, self._known)
         observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
         decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
         if decision is None:
@@ -214,6 +219,10 @@ class Agent:
         if self._features:
             self._actions.append(torch.from_numpy(ran))
         self._features.append(self.model.encode(checked))
+        if "proprio" in checked and hasattr(self.model, "read"):
+            read = self.model.read(self._features[-1].patches)
+            if read is not None:
+                self._off.append(self._features[-1].proprio - read)
 
     def _action(self, action: np.ndarray, what: str) -> np.ndarray:
         """An action float32 [A] from outside; raises ValueError where it is none."""
@@ -257,9 +266,20 @@ class Agent:
     def _find_subgoals(self) -> None:
         """Have sub-goals proposed on the way from the last frame to the goal."""
         found = self.propose(self._features[-1], self._goals[-1])
-        self._pursued = found
-        self._energies = [self.energy(_with_axes(goal, 1)) for goal in found]
+        self._known = [False] * (len(found) - 1) + self._known[-1:]
+        self._pursue(found, self._known)
         self._course.expect(len(found))
+
+    def _pursue(self, goals: list[Features], known: list[bool]) -> None:
+        """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
+
+        What a reading is off now, where the truth is known, it is off there too: the camera is not quite where it was.
+        """
+        self._wanted = goals
+        off = torch.stack(list(self._off)).median(0).values if self._off else None
+        mended = lambda goal, sure: goal if sure or off is None or goal.proprio is None else goal._replace(proprio=goal.proprio + off)  # noqa: E731
+        self._pursued = [mended(goal, sure) for goal, sure in zip(goals, known)]
+        self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._pursued]
 
     def _is_new(self) -> bool:
         """Whether there is no plan yet for the present sub-goal."""

@@ -65,7 +65,8 @@ class Encoder(Protocol):
 class WorldModel(Protocol):
     """Imagines the features that follow from actions.
 
-    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] actions [H, A] to begin a search with, or None.
+    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] actions [H, A] to begin a search with, or None; and
+    `read(patches)`, the proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
     """
 
     action_dim: int

@@ -79,13 +79,20 @@ class LatentModel(nn.Module):
         """Patch features of obs["pixels"], and obs["proprio"], or without it what `reader` reads; no other key is read."""
         patches = self.encoder.encode(to_tensor(np.asarray(obs["pixels"])))
         proprio = obs.get("proprio")
-        if proprio is None and self.reader is not None:
-            proprio = self.reader(patches.reshape(-1, *patches.shape[-2:])).reshape(*patches.shape[:-2], -1)
-        elif proprio is not None:
+        if proprio is None:
+            proprio = self.read(patches)
+        else:
             proprio = to_tensor(proprio, torch.float32).to(self.device)
             if not torch.isfinite(proprio).all():
                 raise ValueError("proprio of the observation holds NaN or infinity; expected finite metres and radians")
         return Features(patches, proprio)
+
+    @torch.no_grad()
+    def read(self, patches: Tensor) -> Tensor | None:
+        """Proprioception [..., S] read off patches [..., P, D]; None without `reader`."""
+        if self.reader is None:
+            return None
+        return self.reader(patches.reshape(-1, *patches.shape[-2:])).reshape(*patches.shape[:-2], -1)
 
     def sample_z(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """Standard noise [*shape, Z] that `rollout` maps through the prior; zeros, its mean, without a generator."""

@@ -51,6 +51,10 @@ class SimulatorModel:
         """As `model` does, if there is one that does."""
         return self.model.suggest(now, goal, horizon) if hasattr(self.model, "suggest") else None
 
+    def read(self, patches: Tensor) -> Tensor | None:
+        """As `model` does, if there is one that does."""
+        return self.model.read(patches) if hasattr(self.model, "read") else None
+
     @torch.no_grad()
     def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
         """What follows from the environment's present state; of the context only B = 1 is read.
