@@ -94,6 +94,30 @@ def test_reaches_a_goal_with_and_without_proprioception(goal):
     assert decisions[-1].observed < 0.03 < 0.3 < decisions[0].observed
 
 
+class Reading(PlaneModel):
+    """Reads where the point is off its picture, by a tenth wrong: the camera is not where it was."""
+
+    def read(self, patches):
+        return patches[..., 0, :] + 0.1
+
+    def encode(self, obs):
+        seen = super().encode(obs)
+        return seen if seen.proprio is not None else seen._replace(proprio=self.read(seen.patches))
+
+
+def test_what_a_reading_is_off_now_is_taken_off_the_goals():
+    goal = {"pixels": picture((0.8, 0.5))["pixels"]}
+    agent = agent_of(Reading())
+    go(agent, Plane(), 3, goal)
+    assert torch.allclose(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
+    go(agent, Plane(), 1, picture((0.8, 0.5)))  # told, not read
+    assert torch.equal(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]))
+    halves = lambda now, goal: [goal._replace(proprio=goal.proprio / 2), goal]  # noqa: E731
+    agent = agent_of(Reading(), AgentConfig(subgoal_steps=(9, 9)), propose=halves)
+    go(agent, Plane(), 2, goal)
+    assert torch.allclose(agent._pursued[1].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
+
+
 def test_a_decision_tells_what_was_imagined():
     agent, world = agent_of(PlaneModel(push=0.02), AgentConfig(horizon=3, looks=5)), Plane()
     decision = go(agent, world, 1, picture((0.9, 0.9)))[0]
