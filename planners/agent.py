@@ -21,8 +21,6 @@ from planners.course import Course, CourseConfig, at_least
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
 
-READINGS = 5  # of the last pictures' proprioception, which is known, that mend those of the goals
-
 
 @dataclass(frozen=True)
 class AgentConfig(CourseConfig):
@@ -34,12 +32,13 @@ class AgentConfig(CourseConfig):
     chunk: int = 512  # futures imagined at once; bounds memory
     risk_weight: float = 0.5  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
     caution: float = 2.0  # the same of the plan that is made when the gate has refused one
+    readings: int = 0  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
     refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, replan=1, samples_z=0, looks=1, chunk=1, risk_weight=0, caution=0, refusals=1)
+        at_least(self, replan=1, samples_z=0, looks=1, chunk=1, risk_weight=0, caution=0, readings=0, refusals=1)
         if self.replan > self.horizon:
             raise ValueError(f"replan is {self.replan} with horizon {self.horizon}: expected at most as many steps")
 
@@ -155,7 +154,7 @@ class Agent:
         checked = [_checked(g, "goal", self._shape) for g in goals]
         self._goals = [self.model.encode(g) for g in checked]
         self._known = ["proprio" in g for g in checked]
-        self._off: deque[Tensor] = deque(maxlen=READINGS)  # each [S], what the last readings were off
+        self._off: deque[Tensor] = deque(maxlen=self.config.readings)  # each [S], what the last readings were off
         self._pursue(self._goals, self._known)
         self._finds = self.propose is not None and len(goals) == 1
         self._course = Course(self.config, len(goals))
@@ -219,7 +218,7 @@ class Agent:
         if self._features:
             self._actions.append(torch.from_numpy(ran))
         self._features.append(self.model.encode(checked))
-        if "proprio" in checked and hasattr(self.model, "read"):
+        if self.config.readings and "proprio" in checked and hasattr(self.model, "read"):
             read = self.model.read(self._features[-1].patches)
             if read is not None:
                 self._off.append(self._features[-1].proprio - read)

@@ -119,6 +119,9 @@ class Config:
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
     risk_weight: float | None = None
     """of the probability that a step goes wrong, in a plan's cost (default: 0.5 where the model has a hazard head, else 0)"""
+    readings: int = 0
+    """where goals are pictures alone: last pictures by which the hand's place, as read off a goal's, is mended, since what a
+    reading is off now it is off there too; 5 where the camera may not be in its place"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -149,7 +152,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {value}, expected at least 1")
-        for name in ("seed", "video", "samples_z", "proprio_weight", "risk_weight"):
+        for name in ("seed", "video", "samples_z", "readings", "proprio_weight", "risk_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         if (self.gate == "on") != (self.calibration is not None):

@@ -137,8 +137,8 @@ class Player:
         look = AgentConfig(
             horizon=config.horizon, countdown=config.countdown, replan=config.replan,
             samples_z=0 if simulated else config.samples_z, looks=1 if simulated else 8, subgoal_steps=config.subgoal_steps, switch_energy=config.switch_energy, patience=config.patience,
-            progress=config.progress, retry=config.retry, risk_weight=config.risk_weight,
-            retreat=() if config.env.id else (0.0, 0.0, 0.5) + (0.0,) * (world.action_dim - 3),  # up
+            progress=config.progress, retry=config.retry, risk_weight=config.risk_weight, readings=config.readings,
+            retreat=() if config.gate == "off" or config.env.id else (0.0, 0.0, 0.5) + (0.0,) * (world.action_dim - 3),  # up
         )  # fmt: skip
         propose = self.model.proposer.propose if config.propose == "always" else None
         hazard = getattr(self.model, "hazard", None)
