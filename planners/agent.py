@@ -153,9 +153,8 @@ class Agent:
         self._shape = _checked(goals[0], "goal", None)["pixels"].shape
         checked = [_checked(g, "goal", self._shape) for g in goals]
         self._goals = [self.model.encode(g) for g in checked]
-        self._known = ["proprio" in g for g in checked]
         self._off: deque[Tensor] = deque(maxlen=self.config.readings)  # each [S], what the last readings were off
-        self._pursue(self._goals, self._known)
+        self._pursue(self._goals, ["proprio" in g for g in checked])
         self._finds = self.propose is not None and len(goals) == 1
         self._course = Course(self.config, len(goals))
         self._generator = torch.Generator().manual_seed(seed)
@@ -265,8 +264,7 @@ class Agent:
     def _find_subgoals(self) -> None:
         """Have sub-goals proposed on the way from the last frame to the goal."""
         found = self.propose(self._features[-1], self._goals[-1])
-        self._known = [False] * (len(found) - 1) + self._known[-1:]
-        self._pursue(found, self._known)
+        self._pursue(found, [False] * (len(found) - 1) + self._known[-1:])
         self._course.expect(len(found))
 
     def _pursue(self, goals: list[Features], known: list[bool]) -> None:
@@ -274,10 +272,11 @@ class Agent:
 
         What a reading is off now, where the truth is known, it is off there too: the camera is not quite where it was.
         """
-        self._wanted = goals
-        off = torch.stack(list(self._off)).median(0).values if self._off else None
-        mended = lambda goal, sure: goal if sure or off is None or goal.proprio is None else goal._replace(proprio=goal.proprio + off)  # noqa: E731
-        self._pursued = [mended(goal, sure) for goal, sure in zip(goals, known)]
+        self._wanted, self._known = goals, known
+        off = torch.stack(list(self._off)).median(0).values if self._off else 0.0
+        self._pursued = [
+            goal if sure or goal.proprio is None else goal._replace(proprio=goal.proprio + off) for goal, sure in zip(goals, known)
+        ]
         self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._pursued]
 
     def _is_new(self) -> bool:

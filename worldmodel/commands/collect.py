@@ -46,7 +46,8 @@ class Config:
     object: Literal["box", "cup", "can", "both"] = "box"
     """what they do it with; both: by turns"""
     policy: Literal["expert", "varied", "noisy", "failing", "hasty", "play", "mixture", "random", "nothing"] = "mixture"
-    """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode"""
+    """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode; hasty: takes the shortest way, aslant
+    onto the object"""
     episodes: int = 100
     """number of episodes"""
     seed: int = 0
