@@ -138,9 +138,10 @@ def report(result: dict) -> str:
     if not result["grasps"]:
         lines.append("no such sequence: take more --episodes")
     if result["latent"]:
-        lines += ["", "z: steps, nats, L1 of features with z at the prior's mean, the best of 16 samples, the posterior's mean, another step's; spread"]
+        lines += ["", "z: L1 of features with it at the prior's mean, the best of the prior's samples, the posterior's mean, another step's"]
+        lines.append(f"{'':10}steps   nats" + "".join(f"{key:>11}" for key in ("mean", "best", "posterior", "shuffled", "spread")))
     for name, row in result["latent"].items():
-        cells = "".join(f"{row[key]:9.4f}" for key in ("mean", "best", "posterior", "shuffled", "spread"))
+        cells = "".join(f"{row[key]:11.4f}" for key in ("mean", "best", "posterior", "shuffled", "spread"))
         lines.append(f"{name:10}{row['steps']:5}{row['nats']:7.2f}{cells}")
     lines += ["", "energy of states on a line: minimum off the goal (mm, median, 95th percentile); rays that only rise"]
     for name, row in energy["states"].items():
