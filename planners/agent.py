@@ -1,4 +1,4 @@
-"""From observations to actions: context window, imagination as a cost, warm start, sub-goals, replanning, gate.
+"""From observations to actions: context window, warm start, sub-goals, replanning, gate.
 
     agent = Agent(model, SamplingPlanner(), GoalEnergy)
     obs, info = env.reset(seed=0)
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from planners.course import Course, CourseConfig, at_least
+from planners.imagine import imagine, look_ahead
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
-from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, WorldModel
+from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, Suggestion, WorldModel
 
 
 @dataclass(frozen=True)
@@ -62,53 +63,6 @@ class Decision:
     answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, retreat, hold, hand over
 
 
-def imagine(
-    model: WorldModel,
-    context: Context,
-    energy: Energy,
-    horizon: int,
-    generator: torch.Generator | None = None,
-    samples_z: int = 0,
-    chunk: int = 512,
-    hazard: Hazard | None = None,
-    risk_weight: float = 0.0,
-) -> Cost:
-    """The cost of plans of `horizon` steps: the mean energy of the futures that the model imagines.
-
-    With a hazard, plus risk_weight times how likely the worst step is to go wrong, meaned over the worse half of the
-    futures (conditional value at risk).
-
-    The same z are used for all candidates, so that they differ by their actions alone; they are drawn now, `samples_z` for
-    each problem, or with 0 are the prior's mean. At most about `chunk` futures are held at once.
-    """
-    b = len(context.features.patches)
-    z = model.sample_z((b, 1, max(1, samples_z), horizon), generator if samples_z else None)
-
-    def value(actions: Tensor) -> Tensor:
-        imagined, energies = look_ahead(model, context, energy, actions, z)
-        if hazard is None or not risk_weight:
-            return energies.mean(2)
-        return energies.mean(2) + risk_weight * tail(hazard(imagined, actions).amax(3)).to(energies)
-
-    def cost(actions: Tensor) -> Tensor:
-        return torch.cat([value(part) for part in actions.split(max(1, chunk // (b * z.shape[2])), 1)], 1)
-
-    return cost
-
-
-def tail(risks: Tensor) -> Tensor:
-    """Mean over the worse half of K futures: [B, N, K] -> [B, N]."""
-    return risks.sort(2, descending=True)[0][:, :, : (risks.shape[2] + 1) // 2].mean(2)
-
-
-def look_ahead(model: WorldModel, context: Context, energy: Energy, actions: Tensor, z: Tensor) -> tuple[Features, Tensor]:
-    """Imagined features of actions [B, N, H, A] under z [B, 1, K, H, Z], and their energies [B, N, K]."""
-    patches = context.features.patches
-    actions = actions.to(patches)
-    imagined = model.rollout(context, actions, z.to(patches).expand(-1, actions.shape[1], -1, -1, -1))
-    return imagined, energy(imagined, actions)
-
-
 class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
@@ -118,7 +72,8 @@ class Agent:
     and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
     `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one,
     and after a refusal `planner.careful`.
-    If there is `model.suggest`, a search begins with what that says of the way to the goal, but for `planner.choices`.
+    If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices`, and looks for its
+    waypoint; what a plan promises is told by the goal itself.
     """
 
     def __init__(
@@ -302,9 +257,10 @@ class Agent:
     def _decide(self, context: Context, observed: float, horizon: int) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
         config, generator = self.config, self._generator
-        cost = self._cost(context, horizon, config.risk_weight)
+        suggested = self._suggested(context, horizon)
+        cost = self._cost(context, horizon, suggested, config.risk_weight)
         planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
-        start = self._warm_start(context, horizon)
+        start = self._warm_start(suggested, horizon)
         plan = planner.plan(cost, start, generator)
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
@@ -313,7 +269,7 @@ class Agent:
         asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
         if not decision.verdict.go and self.hazard is not None:
             careful = getattr(self.planner, "careful", self.planner)
-            cautious = careful.plan(self._cost(context, horizon, config.caution), start, generator)
+            cautious = careful.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
 
         def instead(action: Tensor, answer: str) -> Decision:
@@ -330,8 +286,18 @@ class Agent:
             decision = replace(instead(torch.from_numpy(self.fallback), answer), verdict=decision.verdict)
         return replace(decision, asked=asked)
 
-    def _cost(self, context: Context, horizon: int, risk_weight: float) -> Cost:
+    def _suggested(self, context: Context, horizon: int) -> Suggestion | None:
+        """What the model says of the way to the sub-goal, if it says anything."""
+        if not hasattr(self.model, "suggest"):
+            return None
+        now = Features(*(None if x is None else x[0, -1] for x in context.features))
+        return self.model.suggest(now, self._pursued[self._course.subgoal], horizon)
+
+    def _cost(self, context: Context, horizon: int, suggested: Suggestion | None, risk_weight: float) -> Cost:
+        """Of plans to the sub-goal, or to what lies on the way to it."""
         config, energy = self.config, self._energies[self._course.subgoal]
+        if suggested is not None:
+            energy = self.energy(_with_axes(suggested.waypoint, 1))
         return imagine(
             self.model, context, energy, horizon, self._generator, config.samples_z, config.chunk, self.hazard, risk_weight
         )
@@ -348,15 +314,12 @@ class Agent:
             self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._course.subgoal, verdict, 0.0, answer=answer
         )
 
-    def _warm_start(self, context: Context, horizon: int) -> Tensor:
+    def _warm_start(self, suggested: Suggestion | None, horizon: int) -> Tensor:
         """What the model suggests, else what is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
-        if hasattr(self.model, "suggest"):
-            now = Features(*(None if x is None else x[0, -1] for x in context.features))
-            suggested = self.model.suggest(now, self._pursued[self._course.subgoal], horizon)
-            if suggested is not None:
-                start = suggested[None].clone()
-                start[..., list(getattr(self.planner, "choices", ()))] = 0.0  # not what leads straight there: when matters
-                return start
+        if suggested is not None:
+            start = suggested.actions[None].clone()
+            start[..., list(getattr(self.planner, "choices", ()))] = 0.0  # not what leads there: when matters
+            return start
         start = torch.zeros(1, horizon, self.model.action_dim, device=self._features[-1].patches.device)
         if not self._is_new():
             left = self.last.plan.actions[:, self._age : self._age + horizon]

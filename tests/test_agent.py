@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from planners.agent import Agent, AgentConfig, imagine
+from planners.agent import Agent, AgentConfig
+from planners.imagine import imagine
 from planners.gate import Limits, SafetyGate
 from planners.interface import Plan, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner

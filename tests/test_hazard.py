@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from planners.agent import imagine, tail
+from planners.imagine import imagine, tail
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.data import Frames
 from worldmodel.hazard import Outcomes, auroc, calibration_error, fit_hazard, judge_hazard

@@ -38,6 +38,13 @@ class Context:
     actions: Tensor  # float32 [B, T - 1, A]
 
 
+class Suggestion(NamedTuple):
+    """Where a search for a plan may begin, and what it should look for."""
+
+    actions: Tensor  # float32 [H, A] in [-1, 1]
+    waypoint: Features  # patches [P, D], proprio [S]: the goal, or what lies on the way to it, H steps ahead
+
+
 class EncoderSizes(Protocol):
     """What an encoder takes and gives."""
 
@@ -65,8 +72,8 @@ class Encoder(Protocol):
 class WorldModel(Protocol):
     """Imagines the features that follow from actions.
 
-    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] actions [H, A] to begin a search with, or None; and
-    `read(patches)`, the proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
+    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] a Suggestion, or None; and `read(patches)`, the
+    proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
     """
 
     action_dim: int

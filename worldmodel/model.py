@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
 from worldmodel.encoder import autocast, fast_in_bfloat16
-from worldmodel.guide import Guide
+from worldmodel.guide import Guide, Way
 from worldmodel.hazard import Hazard
-from worldmodel.interface import Context, Encoder, Features, Obs, to_tensor
+from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, to_tensor
 from worldmodel.peers import build
 from worldmodel.predictor import Predictor, PredictorConfig, expand
 from worldmodel.probe import AttentiveProbe
@@ -31,9 +31,9 @@ class LatentModel(nn.Module):
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `proposer` finds sub-goals on the way
-    to a goal. `hazard` tells how likely an imagined step is to go wrong. `guide` suggests where a search begins. `about` says
-    how the weights were made; `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds
-    are relative to.
+    to a goal. `hazard` tells how likely an imagined step is to go wrong. `guide` suggests where a search begins, and what it
+    looks for on the way. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale
+    on held-out data, which thresholds are relative to.
     """
 
     def __init__(
@@ -130,11 +130,12 @@ class LatentModel(nn.Module):
         return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
 
     @torch.no_grad()
-    def suggest(self, now: Features, goal: Features, horizon: int) -> Tensor | None:
-        """Actions [H, A] that lead straight to a goal's proprioception; None without `guide`, or where one is not known."""
+    def suggest(self, now: Features, goal: Features, horizon: int) -> Suggestion | None:
+        """What `guide` says of the way to a goal; None without one, or where proprioception is not known."""
         if self.guide is None or now.proprio is None or goal.proprio is None:
             return None
-        return self.guide(now.proprio, goal.proprio, horizon)
+        actions, proprio = self.guide(now.proprio, goal.proprio, horizon)
+        return Suggestion(actions, goal._replace(proprio=proprio))
 
     def _remember(self, context: Context) -> tuple[list | None, int]:
         """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
@@ -180,6 +181,7 @@ class LatentModel(nn.Module):
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
         config["proposer"] = None if self.proposer is None else asdict(self.proposer.config)
         config["hazard"], config["guide"] = self.hazard is not None, self.guide is not None
+        config["way"] = self.guide is not None and self.guide.way is not None
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -199,7 +201,8 @@ def load(path: str | Path | None = None) -> LatentModel:
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
     own = predictor.config
     hazard = Hazard(*sizes[1::-1], own.proprio_dim, own.action_dim) if config.get("hazard") else None
-    guide = Guide(own.proprio_dim, own.action_dim) if config.get("guide") else None
+    moves = own.proprio_dim, own.action_dim
+    guide = Guide(*moves, Way(*moves) if config.get("way") else None) if config.get("guide") else None
     model = LatentModel(encoder, predictor, reader, about, proposer, hazard, guide)
     kept = {value.dtype for value in tensors.values()}
     if len(kept) == 1:  # a large model in half precision stays so

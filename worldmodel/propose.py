@@ -1,6 +1,6 @@
-"""Training of the proposer of sub-goals, on a frozen encoder's features.
+"""What demonstrations teach: the proposer of sub-goals, on a frozen encoder's features, and the way from one to the next.
 
-What it fills in are keyframes of episodes that are marked as successes; it reads features, proprioception and actions.
+Both learn from keyframes of episodes that are marked as successes, of features, proprioception and actions.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from worldmodel.data import Dataset, Frames, read_episode
 from worldmodel.encoder import autocast
+from worldmodel.guide import Way
 from worldmodel.interface import Encoder, Features
 from worldmodel.probe import fit
 from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.train import cached_features, identify
-from worldmodel.training import Run, optimizer_for, set_rate
+from worldmodel.training import Run, optimizer_for, seeded, set_rate
 
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
 RESTS = 5e-3  # m per step, change of its opening below which it is at rest
+WAY_BATCH, WAY_NOISE = 512, 2e-3  # frames; m and rad of the goals, which planners read off pictures
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class ProposalConfig:
     epochs: int = 20  # passes over them
     steps: int = 2000
     rate: float = 8e-4
+    way_steps: int = 4000  # of the learned way, on WAY_BATCH frames each
+    way_rate: float = 2e-3
     weight_decay: float = 0.04
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps"):
+        for name in ("merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps", "way_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
@@ -116,11 +121,51 @@ def judge_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, r
     return {"place_closed": float(off[0]), "place_opens": float(off[1])}
 
 
-def fit_proposer(
+def ways(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of rows [M, 4] of `lessons`, and for each the keyframe that its demonstration went to next: ints [F], [F]."""
+    frames = [np.arange(a, b) for row in rows for a, b in zip(row, row[1:])]
+    goals = [np.full(b - a, b) for row in rows for a, b in zip(row, row[1:])]
+    return np.concatenate(frames), np.concatenate(goals)
+
+
+def fit_way(proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray, config: ProposalConfig) -> Way:
+    """Clone what demonstrations did on their ways to the keyframes of rows [M, 4] of `lessons`.
+
+    proprio [F, S] and actions [F, A] of all frames. L1, since a demonstration's steps are at the limit or not, seldom between.
+    """
+    index, ahead = ways(rows)
+    own, told = torch.from_numpy(proprio), torch.from_numpy(actions)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        way = Way(own.shape[1], told.shape[1])
+    way.proprio_mean.copy_(own.mean(0))
+    way.proprio_std.copy_(own.std(0).clamp_min(1e-2))
+    optimizer = optimizer_for(way, 0.01)
+    for step in tqdm(range(config.way_steps), desc="way", unit="step"):
+        set_rate(optimizer, config.way_rate, step, config.way_steps)
+        some = np.random.default_rng([config.seed, step]).integers(len(index), size=WAY_BATCH)
+        goal = own[ahead[some]]
+        goal = goal + WAY_NOISE * torch.randn(goal.shape, generator=seeded(config.seed, step))
+        loss = (way(own[index[some]], goal) - told[index[some]]).abs().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return way.requires_grad_(False)
+
+
+@torch.no_grad()
+def judge_way(way: Way, proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray) -> float:
+    """L1 of its actions on the ways of rows [M, 4] of `lessons`."""
+    index, ahead = ways(rows)
+    own = torch.from_numpy(proprio)
+    return float((way(own[index], own[ahead]) - torch.from_numpy(actions[index])).abs().mean())
+
+
+def fit_proposals(
     config: ProposalConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
     resume: bool = False,
-) -> tuple[Proposer, dict] | None:  # fmt: skip
-    """Train a proposer in the folder `out`; None when `minutes` ended first (resume to go on). Also what it scores, held out."""
+) -> tuple[Proposer, Way, dict] | None:  # fmt: skip
+    """Train both in the folder `out`; None when `minutes` ended first (resume to go on). Also what they score, held out."""
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
     rows, others = lessons(frames), lessons(held)  # before what takes minutes: there may be none
@@ -162,4 +207,6 @@ def fit_proposer(
     fit_hands(proposer, features, frames.proprio, rows, config)
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "episodes": len(rows), **scores()}
     about |= {f"held_out/{name}": error for name, error in judge_hands(proposer, kept, held.proprio, others).items()}
-    return proposer.requires_grad_(False).eval(), about
+    way = fit_way(frames.proprio, frames.actions, rows, config)
+    about["held_out/way"] = judge_way(way, held.proprio, held.actions, others)
+    return proposer.requires_grad_(False).eval(), way, about

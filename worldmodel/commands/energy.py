@@ -141,7 +141,7 @@ def cost_of(world, pixels: np.ndarray, states: np.ndarray, step: int, chunk: int
     """The cost of actions [1, N, 1, A]: how far what is imagined of recorded step `step` is from the picture after it."""
     import torch
 
-    from planners.agent import imagine
+    from planners.imagine import imagine
     from worldmodel.energy import EnergyConfig, GoalEnergy
     from worldmodel.interface import Context, Features
     from worldmodel.vjepa2_ac import ACPredictor

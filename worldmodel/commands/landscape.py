@@ -10,7 +10,7 @@ import torch
 from envs.control import MAX_OPENING, MOVE, WORKSPACE
 from envs.scene import OBJECTS
 from envs.tasks import Pose, held_pose
-from planners.agent import look_ahead
+from planners.imagine import look_ahead
 from planners.sampling import SamplingConfig
 from worldmodel.commands.dynamics import environment, object_of
 from worldmodel.commands.policies import PROPRIO_SCALE

@@ -1,8 +1,8 @@
-"""Train the proposer of sub-goals, which lets a model plan from a goal picture alone.
+"""Learn from demonstrations: sub-goals, which let a model plan from a goal picture alone, and the way that hands take.
 
-It learns, from episodes that are marked as successes, which pictures lie between a start and an end: that at which the
-gripper has closed, and that at which it is about to open. Writes RUN/model.safetensors, the given model with the proposer
-in it, and on the way checkpoints, metrics.jsonl and TensorBoard curves.
+Of episodes that are marked as successes, the proposer learns which pictures lie between a start and an end: that at which
+the gripper has closed, and that at which it is about to open. The way is what hands did on theirs from one to the next.
+Writes RUN/model.safetensors, the given model with both in it, and on the way checkpoints, metrics.jsonl and TensorBoard curves.
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ class Config:
     """training steps in all"""
     rate: float = 8e-4
     """highest learning rate (AdamW)"""
+    way_steps: int = 4000
+    """training steps of the way, after the proposer's"""
+    way_rate: float = 2e-3
+    """its highest learning rate"""
     seed: int = 0
     """seed of weights and pairs"""
 
     def __post_init__(self):
-        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps"):
+        for name in ("threads", "merge", "embed_dim", "depth", "num_heads", "batch", "draws", "epochs", "steps", "way_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if self.minutes is not None and self.minutes <= 0:
@@ -65,15 +69,17 @@ def run(config: Config) -> dict:
     from worldmodel import model
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
-    from worldmodel.propose import ProposalConfig, fit_proposer
+    from worldmodel.propose import ProposalConfig, fit_proposals
 
     torch.set_num_threads(config.threads)
     world = model.load(config.model)
     recipe, cache = ProposalConfig(**shared(config, ProposalConfig)), config.cache or config.data[0] / "features"
-    made = fit_proposer(recipe, world.encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    made = fit_proposals(recipe, world.encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
     if made is None:
         return {"finished": False, "run": str(config.out)}
-    world.proposer, about = made
+    world.proposer, way, about = made
+    if world.guide is not None:
+        world.guide.way = way
     world.about["proposer"] = about
     path = config.out / "model.safetensors"
     world.save(path)
@@ -87,5 +93,5 @@ def report(result: dict) -> str:
     places = [1000 * result[f"held_out/place_{name}"] for name in ("closed", "opens")]
     return (
         f"{result['model']}: {result['minutes']} minutes on {result['episodes']} grasps; held out, the proposed hand is "
-        f"{places[0]:.0f} mm from where it closed and {places[1]:.0f} mm from where it opened (medians)"
+        f"{places[0]:.0f} mm from where it closed and {places[1]:.0f} mm from where it opened (medians), and the way's actions are {result['held_out/way']:.3f} off (L1)"
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import envs
-from worldmodel.interface import Context, Encoder, Features, Obs, WorldModel, to_tensor
+from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, WorldModel, to_tensor
 
 
 class SimulatorModel:
@@ -47,7 +47,7 @@ class SimulatorModel:
         """Zeros [*shape, 1]: the simulator is deterministic."""
         return torch.zeros(*shape, self.latent_dim)
 
-    def suggest(self, now: Features, goal: Features, horizon: int) -> Tensor | None:
+    def suggest(self, now: Features, goal: Features, horizon: int) -> Suggestion | None:
         """As `model` does, if there is one that does."""
         return self.model.suggest(now, goal, horizon) if hasattr(self.model, "suggest") else None
 
