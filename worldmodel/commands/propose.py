@@ -69,17 +69,20 @@ def run(config: Config) -> dict:
     from worldmodel import model
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
+    from worldmodel.guide import fit_guide
     from worldmodel.propose import ProposalConfig, fit_proposals
 
     torch.set_num_threads(config.threads)
     world = model.load(config.model)
     recipe, cache = ProposalConfig(**shared(config, ProposalConfig)), config.cache or config.data[0] / "features"
-    made = fit_proposals(recipe, world.encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    data = Dataset.open(config.data)
+    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume)
     if made is None:
         return {"finished": False, "run": str(config.out)}
     world.proposer, way, about = made
-    if world.guide is not None:
-        world.guide.way = way
+    if world.guide is None:
+        world.guide = fit_guide(data.load(keys=("proprio", "actions")))
+    world.guide.way = way
     world.about["proposer"] = about
     path = config.out / "model.safetensors"
     world.save(path)
