@@ -1,12 +1,14 @@
 """Predictor, z and model: causality, cache, batch invariance, save and load, and the targets of the training loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from worldmodel.checkpoint import save_tensors
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Context, Features
-from worldmodel.latent import Gaussian, divergence, information_loss
+from worldmodel.latent import Codes, Gaussian, divergence, information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig, merged, unmerged
 from worldmodel.probe import AttentiveProbe
@@ -162,9 +164,50 @@ def test_wrong_shapes_and_nan_are_refused(model):
 def test_divergence_is_that_of_torch():
     q, p = Gaussian(torch.randn(5, 3), torch.randn(5, 3)), Gaussian(torch.randn(5, 3), torch.randn(5, 3))
     normal = lambda g: torch.distributions.Normal(g.mean, g.log_std.exp())  # noqa: E731
-    torch.testing.assert_close(divergence(q, p), torch.distributions.kl_divergence(normal(q), normal(p)))
+    torch.testing.assert_close(divergence(q, p), torch.distributions.kl_divergence(normal(q), normal(p)).sum(-1))
     loss, nats = information_loss(p, p, free_nats=0.5)
     assert float(nats) == 0 and float(loss) == 0.5
+
+
+def test_codes_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([2.0, 0.0, -1.0])
+    drawn = Codes(logits).sample(torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(drawn.mean(0), logits.softmax(0), atol=0.01, rtol=0)
+    assert set(drawn.sum(-1).tolist()) == {1.0} and torch.equal(Codes(logits).sample(torch.zeros(3)), Codes(logits).mean)
+    for code in torch.eye(3):
+        assert torch.equal(Codes(logits).sample(Codes(logits).noise_of(code)), code)
+    q, p = Codes(torch.randn(5, 3)), Codes(torch.randn(5, 3))
+    categorical = lambda c: torch.distributions.Categorical(logits=c.logits)  # noqa: E731
+    torch.testing.assert_close(divergence(q, p), torch.distributions.kl_divergence(categorical(q), categorical(p)))
+
+
+def test_a_code_tells_which_of_two_outcomes_came():
+    """Steps that end in one of two ways by chance: z learns to say which, and the prior that both are as likely."""
+    torch.manual_seed(0)
+    predictor = Predictor(replace(SIZES, latent_dim=2, codes=True))
+    config = TrainConfig(latent_dim=2, codes=True, rollout=1, transitions=1, free_nats=0.0, information_weight=0.01)
+    optimizer, rng = torch.optim.Adam(predictor.parameters(), 2e-3), torch.Generator().manual_seed(1)
+    ends = torch.nn.functional.layer_norm(torch.randn(2, 16, 48, generator=rng), (48,))
+    start = torch.nn.functional.layer_norm(torch.randn(16, 48, generator=rng), (48,))
+
+    def clips(count: int) -> Features:
+        patches = torch.stack((start.expand(count, -1, -1), ends[torch.randint(2, (count,), generator=rng)]), 1)
+        return Features(patches, torch.zeros(count, 2, 7))
+
+    for _ in range(150):
+        noise, by_prior = torch.randn(16, 1, 2, generator=rng), torch.zeros(16, dtype=torch.bool)
+        loss = prediction_losses(predictor, clips(16), torch.zeros(16, 1, 4), noise, by_prior, config)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    clip = clips(32)
+    now, after, still = Features(clip.patches[:, :1], clip.proprio[:, :1]), clip.patches[:, 1:], torch.zeros(32, 1, 4)
+    with torch.no_grad():
+        told = predictor(now, still, predictor.posterior_of(now, still, after).mean)[0].patches
+        prior = predictor.prior_of(now, still)
+        guessed = predictor(now, still, prior.mean)[0].patches
+    assert (told - after).abs().mean() < 0.5 * (guessed - after).abs().mean()
+    assert 0.2 < float(prior.logits.softmax(-1)[0, 0, 0]) < 0.8
 
 
 def test_targets_of_every_round_are_the_frames_they_predict():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from worldmodel.encoder import Attention, Mlp, Rotation, initialise, positions, rotation
 from worldmodel.interface import Features
-from worldmodel.latent import Gaussian, LatentHead
+from worldmodel.latent import Latent, LatentHead
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of past frames, per block: [B, heads, L, head_dim]
 
@@ -32,6 +32,7 @@ class PredictorConfig:
     proprio_dim: int = 7
     action_dim: int = 4
     latent_dim: int = 8
+    codes: bool = False  # z is one of latent_dim codes, not so many normals
     merge: int = 2  # a token holds merge x merge patches
     embed_dim: int = 256
     depth: int = 4
@@ -107,8 +108,11 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.place, std=0.02)
         for head in (self.to_features, self.to_proprio, *(block.modulate for block in self.blocks)):
             nn.init.zeros_(head.weight)
-        self.prior = LatentHead(config.feature_dim, patches, 1, condition, config.latent_dim)
-        self.posterior = LatentHead(config.feature_dim, patches, 2, condition, config.latent_dim)
+        self.prior = LatentHead(config.feature_dim, patches, 1, condition, config.latent_dim, config.codes)
+        self.posterior = LatentHead(config.feature_dim, patches, 2, condition, config.latent_dim, config.codes)
+        # z is heard, and says something, from the start: a predictor that has learned to do without it does not go back.
+        nn.init.normal_(self.posterior.out.weight, std=0.3)
+        nn.init.normal_(self.condition[0].weight[:, -config.latent_dim :], std=0.2)
         # Proprioception is normalised inside, by the mean and deviation of the training data.
         self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
         self.register_buffer("proprio_std", torch.ones(config.proprio_dim))
@@ -122,12 +126,12 @@ class Predictor(nn.Module):
         """Proprioception [..., S] in units of the training data's deviation."""
         return (proprio - self.proprio_mean) / self.proprio_std
 
-    def prior_of(self, now: Features, actions: Tensor) -> Gaussian:
+    def prior_of(self, now: Features, actions: Tensor) -> Latent:
         """p(z | h, s, a) for features [..., P, D], actions [..., A]."""
         condition = torch.cat((self.normalise(now.proprio), actions), -1).to(self.dtype)
         return self.prior((now.patches.to(self.dtype),), condition)
 
-    def posterior_of(self, now: Features, actions: Tensor, after: Tensor) -> Gaussian:
+    def posterior_of(self, now: Features, actions: Tensor, after: Tensor) -> Latent:
         """q(z | h, s, a, h'): `after` is the next frame's patches [..., P, D]."""
         condition = torch.cat((self.normalise(now.proprio), actions), -1).to(self.dtype)
         return self.posterior((now.patches.to(self.dtype), (after - now.patches).to(self.dtype)), condition)

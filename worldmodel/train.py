@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class TrainConfig:
     depth: int = 4
     num_heads: int = 4
     latent_dim: int = 8
+    codes: bool = False
     window: int = 3
     transitions: int = 4  # per clip
     rollout: int = 2  # steps of imagination from imagined frames that the loss covers, 1 = teacher forcing alone
@@ -53,6 +54,7 @@ class TrainConfig:
     proprio_beta: float = 0.3  # deviations below which its loss is a square (smooth L1)
     free_nats: float = 0.5  # information of z per transition that costs nothing
     information_weight: float = 1e-3
+    free_share: float = 0.0  # of the steps, in which no information costs anything; over as many more its weight rises
     prior_share: float = 0.25  # of the clips have z at the prior's mean, as a planner has it: what follows from the action is not z's to tell
     batch: int = 32  # clips per step
     steps: int = 4000
@@ -67,8 +69,9 @@ class TrainConfig:
         for name in ("proprio_weight", "proprio_beta", "free_nats", "information_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        if not 0 <= self.prior_share <= 1:
-            raise ValueError(f"prior_share is {self.prior_share}, expected 0 to 1")
+        for name in ("prior_share", "free_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 
@@ -102,7 +105,7 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 
 
 
 def prediction_losses(
-    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig
+    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig, price: float = 1.0
 ) -> dict[str, Tensor]:
     """Losses on clips: patches [B, T + 1, P, D], proprio [B, T + 1, S], actions [B, T, A], noise [B, T, Z].
 
@@ -117,7 +120,7 @@ def prediction_losses(
     z = torch.where(by_prior[:, None, None], prior.mean, posterior.sample(noise))
     information, nats = information_loss(posterior, prior, config.free_nats)
     out = {"information": information, "nats": nats}
-    seen, total = now, config.information_weight * information
+    seen, total = now, price * config.information_weight * information
     for r in range(1, config.rollout + 1):
         guess, _ = predictor(seen, actions, z)  # row t is frame t + 1
         patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean()
@@ -133,6 +136,16 @@ def prediction_losses(
         )
     out["loss"] = total
     return out
+
+
+def price_of(step: int, config: TrainConfig) -> float:
+    """Share of the weight of information that counts at a step.
+
+    A z that costs from the start is never tried: what it could tell is rare, and the predictor has learned to do without by
+    the time that it tells anything.
+    """
+    free = config.free_share * config.steps
+    return min(1.0, max(0.0, (step - free) / free)) if free else 1.0
 
 
 def _clip(features: np.ndarray, frames: Frames, index: np.ndarray, device: torch.device) -> tuple[Features, Tensor]:
@@ -182,13 +195,23 @@ def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path
     return Outcomes(patches, proprio)
 
 
-def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path: str) -> None:
-    """Take over the weights of a model's predictor. Raises ValueError when it knows other features or has other sizes."""
+def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path: str, anew: bool) -> None:
+    """Take over the weights of a model's predictor, but z's where that is to begin `anew` or is of another kind.
+
+    Raises ValueError when it knows other features or has other sizes.
+    """
     if identify(model.encoder) != identify(encoder):
         raise ValueError(f"{path} holds another encoder; a predictor goes on with the features that it knows: give its encoder")
-    if model.predictor.config != predictor.config:
-        raise ValueError(f"{path} is of another architecture: it holds {model.predictor.config}, expected {predictor.config}")
-    predictor.load_state_dict(model.predictor.state_dict())
+    known = model.predictor.config
+    if replace(known, latent_dim=1, codes=False) != replace(predictor.config, latent_dim=1, codes=False):
+        raise ValueError(f"{path} is of another architecture: it holds {known}, expected {predictor.config}")
+    tensors = model.predictor.state_dict()
+    if anew or known != predictor.config:
+        own = predictor.state_dict()
+        tensors |= {name: own[name] for name in own if name.startswith(("prior.", "posterior."))}
+        first, told = "condition.0.weight", -predictor.config.latent_dim
+        tensors[first] = torch.cat((tensors[first][:, : -known.latent_dim], own[first][:, told:]), 1)
+    predictor.load_state_dict(tensors)
 
 
 def train(
@@ -203,7 +226,7 @@ def train(
     sizes = PredictorConfig(
         feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=first.proprio.shape[1],
         action_dim=first.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
-        depth=config.depth, num_heads=config.num_heads, window=config.window,
+        depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -211,7 +234,7 @@ def train(
     predictor.proprio_mean.copy_(torch.from_numpy(first.proprio.mean(0)))
     predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
     if config.start:
-        _start_from(predictor, encoder, load(config.start), config.start)
+        _start_from(predictor, encoder, load(config.start), config.start, config.free_share > 0)
     predictor.to(device)
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
@@ -224,7 +247,7 @@ def train(
         by_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
         rate = set_rate(optimizer, config.rate, step, config.steps)
         with autocast(device):
-            losses = prediction_losses(predictor, clip, actions, noise, by_prior, config)
+            losses = prediction_losses(predictor, clip, actions, noise, by_prior, config, price_of(step, config))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)

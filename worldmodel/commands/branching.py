@@ -99,7 +99,7 @@ def _told(world: LatentModel, step: Step) -> tuple[float, Tensor]:
     with autocast(action.device):
         prior = world.predictor.prior_of(now, action)
         posterior = world.predictor.posterior_of(now, action, step.after[None, None])
-    return float(divergence(posterior, prior).sum()), ((posterior.mean - prior.mean) / prior.log_std.exp())[0, 0]
+    return float(divergence(posterior, prior)), prior.noise_of(posterior.mean)[0, 0]
 
 
 def _imagined(world: LatentModel, step: Step, z: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from worldmodel.commands import workers
 OBJECTS = {"box": ("box",), "cup": ("cup",), "can": ("can",), "both": ("box", "cup")}
 Task = Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"]
 Level = Literal[
-    "none", "mild", "hidden", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
+    "none", "mild", "hidden", "slips", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
 ]  # fmt: skip
 BATCH = 4  # episodes that a worker collects at a go, writing each while it records the next
 
@@ -66,7 +66,7 @@ class Config:
     """end an episode at its success"""
     randomization: Level = "none"
     """how much cameras, light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
-    (hidden), colours, mass and friction as well (strong), or one thing: the shifts"""
+    (hidden), a grip that holds or does not (slips), colours, mass and friction as well (strong), or one thing: the shifts"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
