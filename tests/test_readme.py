@@ -32,7 +32,7 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
-LOOP, RECORDER = blocks("python")
+LOOP, SEVERAL, RECORDER = blocks("python")
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
@@ -93,6 +93,18 @@ def test_the_loop_runs(weights, tmp_path):
         assert np.isfinite([last.energy, last.spread, last.observed, last.seconds]).all()
         assert last.subgoal == 0 and last.verdict.go
         assert names["truncated"] and not names["info"]["success"]
+    finally:
+        names["env"].close()
+
+
+def test_many_environments_plan_at_once(tmp_path):
+    """Two environments, whose episodes of two steps begin anew."""
+    start = replaced(LOOP, "model.load()", f"model.load({str(tiny(tmp_path))!r})").split("obs, info")[0]
+    code = replaced(replaced(SEVERAL, "num_envs=8", "num_envs=2, max_steps=2"), "range(100)", "range(4)")
+    names: dict = {}
+    try:
+        exec(compile(start + code, "README.md", "exec"), names)
+        assert not names["begins"].any() and not names["over"].any() and all(agent.last for agent in names["agents"].agents)
     finally:
         names["env"].close()
 

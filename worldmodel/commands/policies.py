@@ -51,7 +51,7 @@ class Player:
         torch.set_num_threads(config.threads)
         self.model = None if config.policy in SCRIPTED else load(config.model, config.policy).to(usable(config.device))
         self.env = _environment(config, self.model)
-        self.agent = None if self.model is None else self._make_agent()
+        self.agent = None if self.model is None else self.make_agent(self.model)
 
     def begin(self, seed: int) -> None:
         """Start the episode of a seed; raises ValueError where environment, model and goals do not go together."""
@@ -116,10 +116,11 @@ class Player:
         self.env.set_state(state)
         return bool(info["unsafe"])
 
-    def _make_agent(self) -> Agent | Imitator:
+    def make_agent(self, world: nn.Module) -> Agent | Imitator:
+        """An agent as the config says, of this player's model, or of what acts for it."""
         config = self.config
         if config.policy == "imitation":
-            return Imitator(self.model, config.subgoal_steps)
+            return Imitator(world, config.subgoal_steps)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
             scale = tuple((2 * self.model.predictor.proprio_std).tolist())
@@ -127,7 +128,6 @@ class Player:
         names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "eager_margin", "gripper")
         planner = SamplingPlanner(SamplingConfig(config.planner, **{name: getattr(config, name) for name in names}))
         simulated = config.policy == "simulator"
-        world = self.model
         if simulated:
             known = isinstance(self.model, model.LatentModel)
             encoder = self.model.encoder if known else self.model
@@ -156,6 +156,8 @@ class Player:
         """The safety gate of this player's model."""
         hazard = getattr(self.model, "hazard", None)
         sampled = self.config.policy == "planner" and self.model.latent_dim > 0
+        if sampled and getattr(self.model.predictor.config, "codes", False):  # of which all samples may be the same
+            sampled = False
         return SafetyGate(limits, hazard, density, sampled)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from worldmodel.commands import bench
 from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
+from worldmodel.commands.throughput import collecting, counted, several, training
 
 GROWTH = {  # a decade each
     "candidates": (16, 32, 64, 160),
@@ -55,7 +55,7 @@ class Config:
     growth: bool = True
     """also time how a decision grows with candidates, horizon, samples of z and tokens"""
     training: bool = True
-    """also time training steps of encoder and predictor, and collecting with one and two workers"""
+    """also time training steps of encoder and predictor, collecting with one and two workers, and deciding for eight environments"""
     threads: int = 2
     """processor threads"""
 
@@ -91,7 +91,7 @@ def run(config: Config) -> dict:
     ]
     steps += [lewm, vjepa2_ac] if config.peers else []
     steps += [lambda: {"growth": grown(player.model, played)}] if config.growth else []
-    steps += [lambda: training(player.model), collecting] if config.training else []
+    steps += [lambda: training(player.model), collecting, lambda: several(player)] if config.training else []
     result = {"model": str(played.model), "samples": played.samples, "iterations": played.iterations, "horizon": played.horizon}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of random weights and inputs, whose values no time depends on
@@ -103,15 +103,6 @@ def run(config: Config) -> dict:
         _write(config.out, result)
         result["out"] = str(config.out)
     return result
-
-
-def counted(work: Callable) -> int:
-    """Floating-point operations of the matrix products in `work()`; torch does not count fused attention, the encoder's."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def machine(threads: int) -> dict:
@@ -253,61 +244,6 @@ def grown(world, played: bench.Config) -> dict:
     return out
 
 
-def training(world) -> dict:
-    """Clips/s of pretraining and sequences/s of training, in steps of the shipped presets without the optimiser, and GFLOP/s."""
-    import torch
-
-    from worldmodel.commands import cli
-    from worldmodel.commands import pretrain as pretraining
-    from worldmodel.commands import train as predicting
-    from worldmodel.encoder import autocast
-    from worldmodel.interface import Features
-    from worldmodel.masking import KINDS, draw
-    from worldmodel.pretrain import Pretraining
-    from worldmodel.train import TrainConfig, prediction_losses
-
-    recipe = pretraining.recipe(cli.parse("pretrain", pretraining, [], "shipped"))
-    learner, size, wide = Pretraining(recipe), recipe.encoder.image_size, recipe.drawn[1] * recipe.encoder.patch_size
-    clips = torch.randint(0, 256, (recipe.batch, 1, size, wide, 3), dtype=torch.uint8)
-    masks = draw(KINDS["open"], recipe.batch, 1, recipe.encoder.grid, np.random.default_rng(0))
-
-    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "shipped"), TrainConfig))
-    predictor = type(world.predictor)(world.predictor.config)
-    sizes, shape = predictor.config, (own.batch, own.transitions)
-    clip = Features(
-        torch.randn(own.batch, own.transitions + 1, predictor.patches, sizes.feature_dim),
-        torch.randn(own.batch, own.transitions + 1, sizes.proprio_dim),
-    )
-    chance = torch.zeros(*shape, sizes.action_dim), torch.randn(*shape, sizes.latent_dim), torch.zeros(own.batch, dtype=torch.bool)
-
-    def step(losses: Callable) -> None:
-        with autocast("cpu"):
-            value = losses()["loss"]
-        value.backward()
-
-    works = {
-        "pretrain_clips": (recipe.batch, lambda: step(lambda: learner.loss(clips, masks))),
-        "train_sequences": (own.batch, lambda: step(lambda: prediction_losses(predictor, clip, *chance, own))),
-    }
-    out = {}
-    for name, (count, work) in works.items():
-        seconds = timed(work, least=3)
-        out |= {f"{name}_per_second": count / seconds, f"{name}_gflops": counted(work) / seconds / 1e9}
-    return out
-
-
-def collecting(episodes: int = 120) -> dict:
-    """Rendered steps/s of collecting with one and with two processes."""
-    from worldmodel.commands import collect
-
-    out = {}
-    for workers in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            result = collect.run(collect.Config(out=Path(folder, "data"), task="pick-place", episodes=episodes, workers=workers))
-            out[str(workers)] = result["steps_per_second"]
-    return {"collect_steps_per_second": out}
-
-
 def _add_ratios(result: dict) -> None:
     """The shares of the machine's peak, and how much faster a decision is than a plan of others."""
     peak, own = result["peak_gflops"][result["precision"]], result["decision_seconds"]["median"]
@@ -373,6 +309,9 @@ def report(result: dict) -> str:
             rows[told] = f"{result[f'{name}_per_second']:.0f} {unit}, {result[f'{name}_share_of_peak']:.0%} of the peak"
     if "collect_steps_per_second" in result:
         rows["collecting"] = ", ".join(f"{value:.0f} steps/s by {n}" for n, value in result["collect_steps_per_second"].items())
+    if "decisions_per_second" in result:
+        one, many = result["decisions_per_second"].items()
+        rows["deciding"] = f"{one[1]:.1f} decisions/s for one environment, {many[1]:.1f} for {many[0]} at once, {many[1] / one[1]:.1f} times as many"
     if "growth" in result:
         rows["growth"] = ", ".join(f"{name} ^{row['exponent']:.2f}" for name, row in result["growth"].items())
     if "out" in result:

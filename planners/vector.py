@@ -1,0 +1,177 @@
+"""Several agents that decide at once: for `gym.vector`, and wherever one model plans for many.
+
+    agent = VectorAgent(lambda model: Agent(model, SamplingPlanner(), GoalEnergy), model, envs.num_envs)
+    agent.reset(info["subgoals"])
+    obs, *_ = envs.step(agent.act(obs))
+
+Each is an `Agent` that knows nothing of the others. They run by turns, each until it asks the model for something; then the
+model answers all of them as one batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planners.agent import Agent
+from worldmodel.interface import Context, Features, Obs, WorldModel
+
+
+class VectorAgent:
+    """`count` agents of one model, as `make(model)` makes each; its `agents` are there to be looked at."""
+
+    def __init__(self, make: Callable[[WorldModel], Agent], model: WorldModel, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"count is {count}: expected at least 1, the number of environments")
+        self._model = _Shared(model)
+        self.agents = [make(self._model) for _ in range(count)]
+
+    def reset(
+        self, goals: Sequence[Obs | Sequence[Obs]] | Mapping[str, np.ndarray], seeds: Sequence[int] | None = None,
+        where: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Start an episode of each, or of those `where` bool [n] says so, towards goals as `Agent.reset` takes them.
+
+        A mapping is n goals in one, as in `gym.vector`'s info["goal"]. Raises ValueError for another number of goals or seeds.
+        """
+        count = len(self.agents)
+        if isinstance(goals, Mapping):
+            goals = _each({key: goals[key] for key in ("pixels", "proprio") if key in goals}, count, "goals")
+        seeds = range(count) if seeds is None else seeds
+        for name, given in (("goals", goals), ("seeds", seeds)):
+            if len(given) != count:
+                raise ValueError(f"got {len(given)} {name} for {count} agents; expected one for each")
+        for i in range(count) if where is None else np.flatnonzero(where):
+            self.agents[i].reset(goals[i], seeds[i])
+
+    def act(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Actions float32 [n, A] for observations {"pixels": uint8 [n, h, w, 3], "proprio": float32 [n, S]}.
+
+        Raises as `Agent.act` does.
+        """
+        each = _each({key: obs[key] for key in ("pixels", "proprio") if key in obs}, len(self.agents), "observations")
+        return np.stack(self._model.together([lambda a=a, o=o: a.act(o) for a, o in zip(self.agents, each)]))
+
+
+def _each(obs: Mapping[str, np.ndarray], count: int, what: str) -> list[dict[str, np.ndarray]]:
+    """Rows of arrays [n, ...]; raises ValueError where these are not `count`."""
+    for key, value in obs.items():
+        if len(value) != count:
+            raise ValueError(f"got {len(value)} {what} of {key} for {count} agents; expected one for each")
+    return [{key: value[i] for key, value in obs.items()} for i in range(count)]
+
+
+class _Turn(threading.Thread):
+    """A task that runs only while it has its turn: until it asks for something, or is over."""
+
+    own = threading.local()
+
+    def __init__(self, task: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._task, self._go, self._stop = task, threading.Semaphore(0), threading.Semaphore(0)
+        self.question: tuple | None = None
+        self.answer, self.result, self.error = None, None, None
+        self.start()
+
+    def run(self) -> None:
+        _Turn.own.turn = self
+        self._go.acquire()
+        try:
+            self.result = self._task()
+        except BaseException as error:  # whatever it is, it is raised where the turns are given
+            self.error = error
+        self._stop.release()
+
+    def go_on(self) -> bool:
+        """Give it its turn; whether it asks for something now."""
+        self.question = None
+        self._go.release()
+        self._stop.acquire()
+        return self.question is not None
+
+    def ask(self, *question: Any) -> Any:
+        """Inside the task: end the turn with a question, and return its answer; what went wrong with that is raised."""
+        self.question = question
+        self._stop.release()
+        self._go.acquire()
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class _Shared:
+    """A world model that answers what tasks ask at the same time as one batch; otherwise the model itself."""
+
+    def __init__(self, model: WorldModel) -> None:
+        self._model = model
+        self._joint: dict[tuple[int, ...], tuple[list[Context], Context]] = {}  # of contexts, by their ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def encode(self, obs: Obs) -> Features:
+        turn = getattr(_Turn.own, "turn", None)
+        return self._model.encode(obs) if turn is None else turn.ask("encode", obs)
+
+    def rollout(self, context: Context, actions: Tensor, z: Tensor) -> Features:
+        turn = getattr(_Turn.own, "turn", None)
+        return self._model.rollout(context, actions, z) if turn is None else turn.ask("rollout", context, actions, z)
+
+    def together(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Results of tasks that ask this model; raises the first error of any once all are over."""
+        self._joint.clear()
+        turns = [_Turn(task) for task in tasks]
+        asking = [turn for turn in turns if turn.go_on()]
+        while asking:
+            alike: dict[tuple, list[_Turn]] = {}
+            for turn in asking:
+                alike.setdefault(_shape(turn.question), []).append(turn)
+            for group in alike.values():
+                self._answer(group)
+            asking = [turn for turn in asking if turn.go_on()]
+        for turn in turns:
+            if turn.error is not None:
+                raise turn.error
+        return [turn.result for turn in turns]
+
+    def _answer(self, group: list[_Turn]) -> None:
+        """Answer questions of the same kind and shape."""
+        try:
+            (kind, *_), questions = group[0].question, [turn.question[1:] for turn in group]
+            with torch.no_grad():
+                if kind == "encode":
+                    whole = self._model.encode({key: np.stack([obs[key] for (obs,) in questions]) for key in questions[0][0]})
+                    answers = [Features(*(None if x is None else x[i] for x in whole)) for i in range(len(group))]
+                else:
+                    contexts, actions, z = zip(*questions)
+                    sizes = [len(a) for a in actions]
+                    whole = self._model.rollout(self._joined(contexts), torch.cat(actions), torch.cat(z))
+                    parts = [[None] * len(group) if x is None else x.split(sizes) for x in whole]
+                    answers = [Features(*own) for own in zip(*parts)]
+        except Exception as error:
+            answers = [error] * len(group)
+        for turn, answer in zip(group, answers):
+            turn.answer = answer
+
+    def _joined(self, contexts: Sequence[Context]) -> Context:
+        """One context of several, the same one for the same ones: a model may remember what it made of it."""
+        key = tuple(map(id, contexts))
+        if key not in self._joint:
+            features = [None if x[0] is None else torch.cat(x) for x in zip(*(c.features for c in contexts))]
+            joint = Context(Features(*features), torch.cat([c.actions for c in contexts]))
+            self._joint[key] = list(contexts), joint
+        return self._joint[key][1]
+
+
+def _shape(question: tuple) -> tuple:
+    """What questions must have in common to be one batch."""
+    kind, first, *others = question
+    if kind == "encode":
+        return kind, *((key, np.shape(first[key])) for key in sorted(first))
+    proprio = None if first.features.proprio is None else first.features.proprio.shape[1:]
+    return kind, first.features.patches.shape[1:], proprio, *(x.shape[1:] for x in others)

@@ -1,0 +1,116 @@
+"""Agents that decide at once do what each would do alone, and ask the model as one."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from planners.agent import Agent, AgentConfig
+from planners.sampling import SamplingConfig, SamplingPlanner
+from planners.vector import VectorAgent
+from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.energy import GoalEnergy
+from worldmodel.model import LatentModel
+from worldmodel.predictor import Predictor, PredictorConfig
+
+
+@pytest.fixture(scope="module")
+def world() -> LatentModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = VideoEncoder(EncoderConfig(patch_size=24, embed_dim=24, depth=1, num_heads=1))
+        predictor = Predictor(PredictorConfig(24, (4, 4), embed_dim=24, depth=1, num_heads=1))
+        torch.nn.init.normal_(predictor.to_features.weight, std=0.3)
+        return LatentModel(encoder, predictor)
+
+
+def make(model) -> Agent:
+    return Agent(model, SamplingPlanner(SamplingConfig(samples=8, iterations=2, elites=3)), GoalEnergy, AgentConfig(patience=None))
+
+
+def pictures(count: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"pixels": rng.integers(255, size=(count, 96, 96, 3), dtype=np.uint8), "proprio": rng.normal(size=(count, 7)).astype(np.float32)}
+
+
+def row(obs, i):
+    return {key: value[i] for key, value in obs.items()}
+
+
+def test_each_decides_as_it_would_alone(world):
+    goals, several, alone = pictures(3, 0), VectorAgent(make, world, 3), [make(world) for _ in range(3)]
+    several.reset(goals)
+    for i, agent in enumerate(alone):
+        agent.reset(row(goals, i), seed=i)
+    for t in range(4):
+        if t == 2:  # one begins anew, so that the contexts differ in length
+            several.reset(goals, where=np.array([False, True, False]))
+            alone[1].reset(row(goals, 1), seed=1)
+        obs = pictures(3, t + 1)
+        actions = several.act(obs)
+        assert actions.shape == (3, 4) and actions.dtype == np.float32
+        for i, agent in enumerate(alone):
+            np.testing.assert_allclose(actions[i], agent.act(row(obs, i)), atol=1e-4)
+            assert several.agents[i].last.energy == pytest.approx(agent.last.energy, rel=1e-4)
+
+
+def test_the_model_is_asked_once_for_all(world):
+    asked = []
+
+    class Counted(LatentModel):
+        def encode(self, obs):
+            asked.append(("encode", len(obs["pixels"])))
+            return super().encode(obs)
+
+        def rollout(self, context, actions, z):
+            asked.append(("rollout", len(actions)))
+            return super().rollout(context, actions, z)
+
+    counted = Counted(world.encoder, world.predictor)
+    several = VectorAgent(make, counted, 5)
+    several.reset(pictures(5, 0))
+    asked.clear()
+    several.act(pictures(5, 1))
+    assert {count for _, count in asked} == {5} and [kind for kind, _ in asked].count("encode") == 1
+    rollouts = len(asked)
+    one = VectorAgent(make, counted, 1)
+    one.reset(pictures(1, 0))
+    asked.clear()
+    one.act(pictures(1, 1))
+    assert len(asked) == rollouts
+
+
+def test_what_goes_wrong_in_one_is_raised(world):
+    several = VectorAgent(make, world, 2)
+    with pytest.raises(RuntimeError, match="call reset"):
+        several.act(pictures(2, 0))
+    several.reset(pictures(2, 0))
+    bad = pictures(2, 1)
+    bad["proprio"][1, 0] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        several.act(bad)
+    with pytest.raises(ValueError, match="for 2 agents"):
+        several.act(pictures(3, 0))
+    with pytest.raises(ValueError, match="1 goals for 2 agents"):
+        several.reset([row(pictures(1, 0), 0)])
+    with pytest.raises(ValueError, match="at least 1"):
+        VectorAgent(make, world, 0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_it_plays_in_vector_environments(world, mode):
+    """Episodes begin anew by themselves, each when it is over."""
+    envs = gym.make_vec("envs:PandaPickPlace-v0", num_envs=2, vectorization_mode=mode, max_steps=2)
+    try:
+        agent = VectorAgent(make, world, envs.num_envs)
+        obs, info = envs.reset(seed=100)
+        agent.reset(info["goal"])
+        over = np.zeros(envs.num_envs, bool)
+        for t in range(4):
+            obs, _, terminated, truncated, info = envs.step(agent.act(obs))
+            agent.reset([goal[-1] for goal in info["subgoals"]], where=over)
+            assert all((one.last is None) == (t == 2) for one in agent.agents)
+            over = terminated | truncated
+            assert over.all() == over.any() == (t == 1)
+    finally:
+        envs.close()
