@@ -15,6 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from envs.peers import READY
+
 _PIXELS, _PROPRIO = ("pixels", "image", "rgb"), ("proprio", "observation", "state", "agent_pos")  # keys of a dict, by turns
 _SUCCESS = ("success", "is_success")  # what an environment may call it in info
 _TRIES = 20  # goals that are drawn until one is far enough
@@ -51,11 +53,21 @@ class Foreign:
 
 
 def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_success: bool = True, goals: bool = True) -> Adapted:
-    """The environment that a config names. Raises ValueError where there is none, or it does not fit."""
-    words = dict(_word(word) for word in config.kwargs)
+    """The environment that a config names, with goals as `envs.peers` has them, where that knows it.
+
+    Raises ValueError where there is none, or it does not fit.
+    """
+    words, ready = dict(_word(word) for word in config.kwargs), READY.get(config.id)
     try:
-        env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
-        return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
+        if ready is None:
+            env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
+            return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
+        env = gym.make(f"{ready.module}:{config.id}", **{"render_mode": "rgb_array", "max_episode_steps": -1, **ready.kwargs, **words})
+        env = ready.wrap(env, config.least)
+        return adapt(
+            env, config, image_size, max_steps, proprio=ready.proprio, goal=lambda env, obs, info: env.goals(obs),
+            stop_on_success=stop_on_success, goals=goals,
+        )  # fmt: skip
     except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
 
@@ -77,7 +89,7 @@ def adapt(
     max_steps: int = 50,
     *,
     proprio: Callable[[Any], np.ndarray] | None = None,
-    goal: Callable[[gym.Env, Any, dict], Obs] | Obs | None = None,
+    goal: Callable[[gym.Env, Any, dict], Obs | list[Obs]] | Obs | None = None,
     success: Callable[[Obs, Obs, dict], bool] | None = None,
     unsafe: Callable[[Any, dict], Mapping[str, float]] | None = None,
     stop_on_success: bool = True,
@@ -87,8 +99,8 @@ def adapt(
 
     env: its pixels are in its observation, or it renders rgb_array. proprio: of its observation, float [S] (default: an
     entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
-    observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one
-    (default: where random actions lead). success: of observation, goal and info (default: config.tolerance, else what its
+    observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
+    of sub-goals that ends with it (default: where random actions lead). success: of observation, goal and info (default: config.tolerance, else what its
     info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
@@ -135,13 +147,11 @@ class Adapted(gym.Env):
         """Start the episode of a seed, with its goal."""
         super().reset(seed=seed)
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        self._goal = self._draw_goal(seed) if self._goals and self._goal_of is None else None
+        self._subgoals = [self._draw_goal(seed)] if self._goals and self._goal_of is None else []
         obs, info = self.env.reset(seed=seed, options=options)
         if self._goals and self._goal_of is not None:
             made = self._goal_of if isinstance(self._goal_of, Mapping) else self._goal_of(self.env, obs, info)
-            self._goal = {"pixels": self._fit(made["pixels"])}
-            if "proprio" in made:
-                self._goal["proprio"] = np.asarray(made["proprio"], np.float32)
+            self._subgoals = [self._goal(one) for one in ([made] if isinstance(made, Mapping) else made)]
         self._steps = 0
         seen = self._observe(obs)
         return seen, self._info(seen, info, {})
@@ -204,10 +214,11 @@ class Adapted(gym.Env):
     def _info(self, seen: Obs, info: dict[str, Any], unsafe: dict[str, float]) -> dict[str, Any]:
         own = any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
         out = {**info, "unsafe": unsafe, "cost": float(len(unsafe)), "success": own}
-        if self._goal is None:
+        if not self._subgoals:
             return out
-        goal = {key: value.copy() for key, value in self._goal.items()}
-        out |= {"goal": goal, "subgoals": [goal]}
+        subgoals = [{key: value.copy() for key, value in one.items()} for one in self._subgoals]
+        goal = subgoals[-1]
+        out |= {"goal": goal, "subgoals": subgoals}
         if "proprio" in goal:
             out["distance"] = self.distance(seen, goal)
         if self._success_of is not None:
@@ -215,6 +226,11 @@ class Adapted(gym.Env):
         elif self.config.tolerance:
             out["success"] = out["distance"] <= self.config.tolerance
         return out
+
+    def _goal(self, made: Obs) -> dict[str, np.ndarray]:
+        """A goal that somebody gave, as one of our observations."""
+        proprio = {"proprio": np.asarray(made["proprio"], np.float32)} if "proprio" in made else {}
+        return {"pixels": self._fit(made["pixels"]), **proprio}
 
     def _observe(self, obs: Any, pixels: bool = True) -> dict[str, np.ndarray]:
         seen = {"pixels": self._fit(self._picture(obs))} if pixels else {}
@@ -272,14 +288,16 @@ class Adapted(gym.Env):
 
 
 def policy(name: str, env: gym.Env, rng: np.random.Generator) -> Callable[[dict], np.ndarray]:
-    """Who acts where there is no expert: random (anew at each step), play (each action held for a while), or nothing."""
+    """Who acts: random (anew at each step), play (each action held for a while), or nothing; where it is ready, expert or mixture."""
     size = env.action_space.shape[0]
+    if name in ("expert", "mixture") and env.config.id in READY:
+        return READY[env.config.id].player(name, env.config.frame_skip, rng)
     if name == "nothing":
         return lambda info: np.zeros(size, np.float32)
     if name == "random":
         return lambda info: rng.uniform(-1, 1, size).astype(np.float32)
     if name != "play":
-        raise ValueError(f"unknown policy {name!r}: of an environment of others play, random and nothing are known")
+        raise ValueError(f"unknown policy {name!r}: of an environment of others play, random and nothing are known, and experts in {', '.join(READY)}")
     held = {"action": np.zeros(size, np.float32), "left": 0}
 
     def act(info: dict) -> np.ndarray:

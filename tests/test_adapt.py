@@ -173,3 +173,53 @@ def test_episodes_end_where_they_should():
 def test_collect_refuses_who_cannot_act(tmp_path, capsys):
     words = "collect", "--env.id", "test_adapt:Dot-v0", "--policy", "expert", "--out", str(tmp_path / "x")
     assert cli.main(list(words)) == 2 and "not expert" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def fetch():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what comes of importing it is not ours to mend
+        pytest.importorskip("gymnasium_robotics", reason="needs the extra peers")
+        env = make(Foreign(id="FetchPickAndPlace-v4", frame_skip=2, least=0.1), 48, 30)
+    yield env
+    env.close()
+
+
+def test_an_expert_picks_and_places_in_fetch(fetch):
+    check_goal_env(fetch)
+    for seed in range(3):
+        obs, info = fetch.reset(seed=seed)
+        assert np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) >= 0.1 and not info["success"]
+        act = policy("expert", fetch, np.random.default_rng(seed))
+        for _ in range(30):
+            obs, _, over, _, info = fetch.step(act(info))
+            if over:
+                break
+        assert info["success"] and np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) < 0.05
+
+
+def test_pictures_of_goals_in_fetch_leave_no_trace(fetch):
+    """Two sub-goals, held where the block lies and where it is to be, and an episode that is what it is without them."""
+    plays = []
+    for goals in (True, False):
+        fetch._goals = goals
+        obs, info = fetch.reset(seed=4)
+        if goals:
+            held, end = info["subgoals"]
+            np.testing.assert_allclose(held["proprio"][:3], info["privileged/object_pos"], atol=0.01)
+            np.testing.assert_allclose(end["proprio"][:3], info["privileged/target_pos"], atol=0.02)
+            assert held["proprio"][3] == pytest.approx(0.05) and not np.array_equal(held["pixels"], end["pixels"])
+        rng = np.random.default_rng(0)
+        plays.append([obs, *(fetch.step(rng.uniform(-1, 1, 4))[0] for _ in range(5))])
+    for one, other in zip(*plays):
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_the_gripper_of_fetch_keeps_to_what_it_was_told(fetch):
+    fetch.reset(seed=0)
+    for told, closed in ((1.0, False), (0.0, False), (-1.0, True), (0.0, True)):
+        for _ in range(6):
+            obs = fetch.step(np.array([0.0, 0.0, 0.0, told]))[0]
+        assert (obs["proprio"][3] < 0.02) == closed

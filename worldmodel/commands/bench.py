@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
+from envs.peers import READY
 from worldmodel import data
 from worldmodel.commands import abstention, workers
 from worldmodel.commands.collect import Level, Task
@@ -145,7 +146,8 @@ class Config:
     abstain: float = 0.0
     """share of the decisions that --gate random holds (0 to 1)"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; its only goal is final, and planner, random or nothing act there"""
+    """an environment of others instead of the robot; planner, random or nothing act there, and where `envs.peers` knows it, expert;
+    elsewhere its only goal is final"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
@@ -165,8 +167,9 @@ class Config:
             raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
             raise ValueError(f"--device {self.device} is for the planner; {self.policy} runs on the processor, and so does --trajectory")
-        if self.env.id and self.policy not in FOREIGN:
-            raise ValueError(f"in {self.env.id} {', '.join(FOREIGN)} can act, not {self.policy}")
+        able = FOREIGN + (("expert",) if self.env.id in READY else ())
+        if self.env.id and self.policy not in able:
+            raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
         if self.env.id and self.policy == "planner" and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
@@ -274,7 +277,8 @@ def resolved(config: Config) -> Config:
     from worldmodel import model
 
     names = ("samples", "iterations", "elites", "horizon", "std")
-    guided = config.policy in BUDGETS and not config.env.id and model.holds(config.model or model.shipped(), "guide")
+    unknown = config.env.id and config.env.id not in READY
+    guided = config.policy in BUDGETS and not unknown and model.holds(config.model or model.shipped(), "guide")
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     filled = {**budget, **given}
@@ -283,7 +287,7 @@ def resolved(config: Config) -> Config:
     if config.policy == "imitation" and (config.model is None or config.goal_proprio):
         raise ValueError("imitation needs --model policy.safetensors, of `worldmodel imitate`, and takes no --goal-proprio")
     path = config.model or model.shipped()
-    if config.env.id:  # which has one goal, and no gripper to choose for
+    if unknown:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
     able = config.goal == "final" and config.policy in BUDGETS and model.holds(path, "proposer")
     if config.propose == "always" and not able:

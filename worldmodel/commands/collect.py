@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
+from envs.peers import READY
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -71,7 +72,7 @@ class Config:
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; task, object, cameras, action-dim and randomization are the robot's.
-    Who acts there: play (the default), random or nothing"""
+    Who acts there: play (the default), random or nothing, and where `envs.peers` knows it, expert or mixture (the default)"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "image_size", "max_steps"):
@@ -81,10 +82,11 @@ class Config:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.randomization == "moved-post":
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
-        if self.env.id and self.policy == "mixture":
+        ready = self.env.id in READY
+        if self.env.id and self.policy == "mixture" and not ready:
             object.__setattr__(self, "policy", "play")
-        if self.env.id and self.policy not in ("play", "random", "nothing"):
-            raise ValueError(f"in {self.env.id} play, random and nothing can act, not {self.policy}")
+        if self.env.id and self.policy not in ("play", "random", "nothing", *(("expert", "mixture") if ready else ())):
+            raise ValueError(f"in {self.env.id} {'expert, mixture, ' if ready else ''}play, random and nothing can act, not {self.policy}")
 
 
 def run(config: Config) -> dict:
@@ -221,8 +223,10 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
         env = _foreign(config)
         policy = player(config.policy, env, np.random.default_rng((seed, 1)))
         episode = run.rollout(env, lambda obs, info: policy(info), seed)
+        privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
         return {
             **episode.obs, "actions": episode.actions, "seed": np.int64(seed), "task": config.env.id, "object": "",
+            **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
             "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]), "policy": config.policy,
             "success": episode.success,
         }  # fmt: skip
