@@ -62,10 +62,11 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
         if ready is None:
             env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
             return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
-        env = gym.make(f"{ready.module}:{config.id}", **{"render_mode": "rgb_array", "max_episode_steps": -1, **ready.kwargs, **words})
+        extra = {} if goals else ready.to_collect
+        env = gym.make(f"{ready.module}:{config.id}", **{**ready.kwargs, **extra, **words})
         env = ready.wrap(env, config.least)
         return adapt(
-            env, config, image_size, max_steps, proprio=ready.proprio, goal=lambda env, obs, info: env.goals(obs),
+            env, config, image_size, max_steps, proprio=ready.proprio, goal=lambda env, obs, info: env.goals(info),
             stop_on_success=stop_on_success, goals=goals,
         )  # fmt: skip
     except (gym.error.Error, ImportError, TypeError) as error:

@@ -1,6 +1,11 @@
-"""Benchmarks of others that are known by name: what their goals are, and who plays in them.
+"""Benchmarks of others that are known by name (extra peers): what their goals are, and who plays in them.
 
-FetchPickAndPlace-v4 of Gymnasium-Robotics (extra peers): a Fetch arm whose hand hangs on a moving point, a block of 5 cm, and
+visual-cube-single-v0 of OGBench: a UR5e with a Robotiq gripper, a cube of 4 cm, five tasks with starts and goals of their own,
+of which seed s plays the one with the number 1 + s % 5; its own success counts, the cube within 4 cm of the goal. Sub-goals are
+the cube held where it lies, and where it is to be; the last is the benchmark's own goal picture. To collect, starts and
+targets are random all over the table (mode=data_collection).
+
+FetchPickAndPlace-v4 of Gymnasium-Robotics: a Fetch arm whose hand hangs on a moving point, a block of 5 cm, and
 a goal for it, half of the time in the air. Its own success counts: the block within 5 cm of the goal. A goal is a picture with
 the block there, held, and the first of two sub-goals one with the block held where it lies.
 """
@@ -9,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -57,9 +63,9 @@ class Fetch(gym.Wrapper):
         obs, reward, terminated, truncated, info = self.env.step(np.append(action[:-1], self._told).astype(np.float32))
         return obs, reward, terminated, truncated, info | self._privileged(obs)
 
-    def goals(self, obs: Mapping[str, np.ndarray]) -> list[Obs]:
+    def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The block held where it lies, and where it is to be; the present state stays exactly as it was."""
-        return [self._held_at(obs["achieved_goal"]), self._held_at(obs["desired_goal"])]
+        return [self._held_at(info["privileged/object_pos"]), self._held_at(info["privileged/target_pos"])]
 
     def _privileged(self, obs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
@@ -130,12 +136,144 @@ class FetchExpert:
         return np.append(motion.clip(-1, 1), grip).astype(np.float32)
 
 
-def fetch_player(name: str, skip: int, rng: np.random.Generator) -> Policy:
-    """The expert, or a mixture that is drawn anew for each episode: experts that are noisy, miss, or drop."""
-    if name == "mixture":
+class Cube(gym.Wrapper):
+    """OGBench's single cube, with actions dx dy dz yaw gripper whose gripper opens with +1 and keeps to what it was last told.
+
+    Observations are {"proprio"}: place of the fingers' middle (m), cosine and sine of their yaw, opening (m); pictures are
+    drawn when they are asked for, by `render`.
+    """
+
+    CONTROLS = 12  # control steps in which fingers close
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._own, self._told, self._collects = env.unwrapped, 1.0, env.unwrapped._mode == "data_collection"
+        draw = self._own.compute_observation
+        self._own.compute_observation = lambda: draw() if self._begins else None  # which takes longer than a step
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Start an episode: of a seed's task, or of random places."""
+        self._told = 1.0
+        if not self._collects and seed is not None:
+            options = {"task_id": 1 + seed % 5, **(options or {})}
+        self._own.action_space.seed(seed)  # with which it stirs its goals
+        self._begins = True
+        _, info = self.env.reset(seed=seed, options=options)
+        self._begins = False
+        return self._seen(info), self._info(info)
+
+    def step(self, action: np.ndarray):
+        """Run an action; one whose last number is within 0.5 of 0 leaves the gripper as it was told to be."""
+        if abs(action[-1]) > 0.5:
+            self._told = float(np.sign(action[-1]))
+        _, reward, terminated, truncated, info = self.env.step(np.append(action[:-1], -self._told))
+        return self._seen(info), reward, terminated, truncated, self._info(info) | {"success": info["success"]}
+
+    def goals(self, info: Mapping[str, Any]) -> list[Obs]:
+        """The cube held where it lies, held at its target, and the benchmark's goal; the present state stays as it was."""
+        held = [self._held_at(info["privileged/object_pos"], info["privileged/yaw"]), self._held_at(info["privileged/target_pos"], 0.0)]
+        return held if self._collects else [*held, {"pixels": info["goal"]}]
+
+    def _info(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        own = self._own
+        out = {
+            "privileged/hand": info["proprio/effector_pos"], "privileged/hand_yaw": float(info["proprio/effector_yaw"][0]),
+            "privileged/object_pos": info["privileged/block_0_pos"], "privileged/yaw": float(info["privileged/block_0_yaw"][0]),
+            "privileged/target_pos": own._data.mocap_pos[own._cube_target_mocap_ids[0]].copy(),
+        }  # fmt: skip
+        return out | ({"goal": info["goal"]} if "goal" in info else {})
+
+    def _seen(self, info: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        yaw, closed = info["proprio/effector_yaw"][0], info["proprio/gripper_opening"][0]
+        return {"proprio": np.array([*info["proprio/effector_pos"], np.cos(yaw), np.sin(yaw), 0.085 * (1 - closed)])}
+
+    def _held_at(self, place: np.ndarray, yaw: float) -> Obs:
+        """The cube between closed fingers at a place [3], turned by an angle."""
+        from ogbench.manipspace import lie
+
+        own, model, data = self._own, self._own._model, self._own._data
+        before = np.empty(mujoco.mj_stateSize(model, _STATE))
+        mujoco.mj_getState(model, data, before, _STATE)
+        kept = own._prev_qpos, own._prev_qvel, own._prev_ob_info, own._success
+        turn = (yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4  # fingers fit any two of its sides
+        pose = lie.SE3.from_rotation_and_translation(lie.SO3.from_z_radians(turn) @ own._effector_down_rotation, np.array(place, float))
+        attach = pose @ own._T_pa
+        joints = own._ik.solve(pos=attach.translation(), quat=attach.rotation().wxyz, curr_qpos=own._home_qpos)
+        data.qpos[own._arm_joint_ids] = joints
+        data.joint("object_joint_0").qpos[:] = [*place, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]
+        data.qvel[:] = 0.0
+        data.ctrl[own._arm_actuator_ids], data.ctrl[own._gripper_actuator_ids] = joints, 255.0
+        mujoco.mj_step(model, data, nstep=self.CONTROLS * own._n_steps)
+        seen = {"pixels": own.render(), **self._seen(own.compute_ob_info())}
+        mujoco.mj_setState(model, data, before, _STATE)
+        mujoco.mj_forward(model, data)
+        mujoco.mj_setState(model, data, before, _STATE)
+        own._prev_qpos, own._prev_qvel, own._prev_ob_info, own._success = kept
+        return seen
+
+
+class CubeExpert:
+    """From above onto the cube, close, up, across, down, open, up; `noise`, `offset` and `drop` spoil it."""
+
+    HIGH = 0.12  # m over the table, where it crosses
+
+    def __init__(self, skip: int, rng: np.random.Generator, noise: float = 0.0, offset: float = 0.0, drop: bool = False) -> None:
+        self._rng, self._noise, self._step = rng, noise, _REACH * skip
+        self._offset = rng.normal(0.0, offset, 3) * [1, 1, 0] if offset else np.zeros(3)
+        self._drops_after = int(rng.integers(1, 6)) if drop else None
+        self._phase, self._count = "approach", 0
+
+    def __call__(self, info: Mapping[str, Any]) -> np.ndarray:
+        """An action [5]."""
+        hand, cube, target = info["privileged/hand"], info["privileged/object_pos"] + self._offset, info["privileged/target_pos"]
+        turn = (info["privileged/yaw"] - info["privileged/hand_yaw"] + np.pi / 4) % (np.pi / 2) - np.pi / 4
+        goal, grip = self._go(hand, cube, target)
+        self._count += 1
+        motion = (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
+        turning = turn / 0.3 / 2 if self._phase in ("approach", "descend") else 0.0
+        return np.array([*motion, turning, grip]).clip(-1, 1).astype(np.float32)
+
+    def _go(self, hand: np.ndarray, cube: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
+        """Where to, m, and what the gripper is told; moves on to the next phase where this one is done."""
+        aside = np.linalg.norm((hand - cube)[:2])
+        if self._phase == "approach" and aside < 0.015:
+            self._next("descend")
+        elif self._phase == "descend" and (hand[2] - cube[2] < 0.01 or self._count > 8):
+            self._next("close")
+        elif self._phase == "close" and self._count > 2:
+            self._next("lift")
+        elif self._phase == "lift" and hand[2] > self.HIGH - 0.03:
+            self._next("carry")
+        elif self._phase == "carry" and np.linalg.norm((hand - target)[:2]) < 0.015:
+            self._next("lower")
+        elif self._phase == "lower" and (hand[2] - target[2] < 0.01 or self._count > 8):
+            self._next("open")
+        elif self._phase == "open" and self._count > 1:
+            self._next("leave")
+        elif self._phase in ("carry", "lower") and self._drops_after is None and np.linalg.norm(hand - cube) > 0.06:
+            self._next("approach")  # lost
+        if self._phase == "carry" and self._drops_after is not None and self._count > self._drops_after:
+            self._next("leave")
+        high = lambda place: np.array([place[0], place[1], self.HIGH])  # noqa: E731
+        return {
+            "approach": (high(cube), 1.0), "descend": (cube, 1.0), "close": (hand, -1.0), "lift": (high(hand), -1.0),
+            "carry": (high(target), -1.0), "lower": (target, -1.0), "open": (hand, 1.0), "leave": (high(hand) + [0, 0, 0.1], 1.0),
+        }[self._phase]  # fmt: skip
+
+    def _next(self, phase: str) -> None:
+        self._phase, self._count = phase, 0
+
+
+def player_of(expert: Callable[..., Policy]) -> Callable[[str, int, np.random.Generator], Policy]:
+    """Makes the expert, or a mixture that is drawn anew for each episode: experts that are noisy, miss, or drop."""
+
+    def make(name: str, skip: int, rng: np.random.Generator) -> Policy:
+        if name == "expert":
+            return expert(skip, rng)
         kinds = {"noise": float(rng.uniform(0.1, 0.5))}, {"noise": 0.2, "offset": 0.03}, {"noise": 0.2, "drop": True}
-        return FetchExpert(skip, rng, **kinds[rng.choice(3, p=[0.6, 0.25, 0.15])])
-    return FetchExpert(skip, rng)
+        return expert(skip, rng, **kinds[rng.choice(3, p=[0.6, 0.25, 0.15])])
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -144,16 +282,21 @@ class Ready:
 
     module: str  # that registers it
     kwargs: dict[str, Any]  # for gym.make, unless others are given
-    wrap: Callable[[gym.Env, float], gym.Env]  # of the environment, and the least distance of goals
-    proprio: Callable[[Any], np.ndarray]
+    wrap: Callable[[gym.Env, float], gym.Env]  # of the environment, and the least distance of goals; it has `goals`
+    proprio: Callable[[Any], np.ndarray]  # of its observation
     player: Callable[[str, int, np.random.Generator], Policy]  # expert or mixture, for a frame skip
+    to_collect: Mapping[str, Any] = MappingProxyType({})  # more for gym.make, where no goals are wanted
 
 
 READY: dict[str, Ready] = {
     "FetchPickAndPlace-v4": Ready(
         "gymnasium_robotics",
-        {"width": 192, "height": 192, "default_camera_config": {
+        {"max_episode_steps": -1, "render_mode": "rgb_array", "width": 192, "height": 192, "default_camera_config": {
             "distance": 1.1, "azimuth": 155.0, "elevation": -22.0, "lookat": np.array([1.36, 0.75, 0.6])}},
-        lambda env, least: Fetch(env, least or 0.1), fetch_proprio, fetch_player,
+        lambda env, least: Fetch(env, least or 0.1), fetch_proprio, player_of(FetchExpert),
+    ),
+    "visual-cube-single-v0": Ready(
+        "ogbench", {"max_episode_steps": 10_000, "disable_env_checker": True, "render_mode": "rgb_array", "terminate_at_goal": False, "width": 96, "height": 96},
+        lambda env, least: Cube(env), lambda obs: obs["proprio"], player_of(CubeExpert), {"mode": "data_collection"},
     ),
 }  # fmt: skip

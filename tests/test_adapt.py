@@ -1,5 +1,7 @@
 """Anyone's environment: what is turned into what, what is refused, and the way from collect to bench."""
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -175,14 +177,23 @@ def test_collect_refuses_who_cannot_act(tmp_path, capsys):
     assert cli.main(list(words)) == 2 and "not expert" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-@pytest.fixture
-def fetch():
-    import warnings
-
+def of_peers(module: str, config: Foreign, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what comes of importing it is not ours to mend
-        pytest.importorskip("gymnasium_robotics", reason="needs the extra peers")
-        env = make(Foreign(id="FetchPickAndPlace-v4", frame_skip=2, least=0.1), 48, 30)
+        pytest.importorskip(module, reason="needs the extra peers")
+        return make(config, 48, 40, **kwargs)
+
+
+@pytest.fixture
+def fetch():
+    env = of_peers("gymnasium_robotics", Foreign(id="FetchPickAndPlace-v4", frame_skip=2, least=0.1))
+    yield env
+    env.close()
+
+
+@pytest.fixture
+def cube():
+    env = of_peers("ogbench", Foreign(id="visual-cube-single-v0", frame_skip=4))
     yield env
     env.close()
 
@@ -223,3 +234,28 @@ def test_the_gripper_of_fetch_keeps_to_what_it_was_told(fetch):
         for _ in range(6):
             obs = fetch.step(np.array([0.0, 0.0, 0.0, told]))[0]
         assert (obs["proprio"][3] < 0.02) == closed
+
+
+def test_an_expert_plays_the_tasks_of_ogbench(cube):
+    """Seeds say which task; its goals are held twice and then the benchmark's own, and leave no trace."""
+    obs, info = cube.reset(seed=3)
+    held, near, goal = info["subgoals"]
+    np.testing.assert_allclose(held["proprio"][:2], info["privileged/object_pos"][:2], atol=0.01)
+    np.testing.assert_allclose(near["proprio"][:2], info["privileged/target_pos"][:2], atol=0.01)
+    assert info["privileged/target_pos"][1] == 0.2 and held["proprio"][-1] < 0.05 < obs["proprio"][-1] and "proprio" not in goal
+    again, _ = cube.reset(seed=3)
+    assert all(np.array_equal(obs[key], again[key]) for key in obs)
+    act = policy("expert", cube, np.random.default_rng(0))
+    for _ in range(40):
+        obs, _, over, _, info = cube.step(act(info))
+        if over:
+            break
+    assert info["success"] and np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) <= 0.04
+
+
+def test_ogbench_collects_from_random_places():
+    env = of_peers("ogbench", Foreign(id="visual-cube-single-v0", frame_skip=4), goals=False)
+    places = [env.reset(seed=seed)[1]["privileged/target_pos"] for seed in range(2)]
+    assert "goal" not in env.reset(seed=0)[1] or "subgoals" not in env.reset(seed=0)[1]
+    assert not np.allclose(*places)
+    env.close()
