@@ -62,7 +62,7 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
         if ready is None:
             env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
             return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
-        extra = {} if goals else ready.to_collect
+        extra = {} if goals else ready.to_collect or {}
         env = gym.make(f"{ready.module}:{config.id}", **{**ready.kwargs, **extra, **words})
         env = ready.wrap(env, config.least)
         return adapt(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -285,7 +284,7 @@ class Ready:
     wrap: Callable[[gym.Env, float], gym.Env]  # of the environment, and the least distance of goals; it has `goals`
     proprio: Callable[[Any], np.ndarray]  # of its observation
     player: Callable[[str, int, np.random.Generator], Policy]  # expert or mixture, for a frame skip
-    to_collect: Mapping[str, Any] = MappingProxyType({})  # more for gym.make, where no goals are wanted
+    to_collect: Mapping[str, Any] | None = None  # more for gym.make, where no goals are wanted
 
 
 READY: dict[str, Ready] = {
