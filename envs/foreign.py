@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from envs.peers import READY
+from envs.peers import READY, Ready
 
 _PIXELS, _PROPRIO = ("pixels", "image", "rgb"), ("proprio", "observation", "state", "agent_pos")  # keys of a dict, by turns
 _SUCCESS = ("success", "is_success")  # what an environment may call it in info
@@ -45,7 +45,21 @@ class Foreign:
     least: float = 0.0
     """distance between the start and a goal, at least"""
 
+    @property
+    def ready(self) -> Ready | None:
+        """What `envs.peers` knows of it."""
+        return READY.get(self.id.rpartition(":")[2])
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Who can act there without a model."""
+        return ("play", "random", "nothing") if self.ready is None else ("mixture", "expert", "play", "random", "nothing")
+
     def __post_init__(self) -> None:
+        if self.ready is not None:
+            for field in fields(self):
+                if field.name not in ("id", "kwargs", *self.ready.heeds) and getattr(self, field.name) != field.default:
+                    raise ValueError(f"{field.name} means nothing in {self.id}, whose goals and success are its own; leave it out")
         if self.frame_skip < 1 or self.goal_steps < 1:
             raise ValueError(f"frame_skip is {self.frame_skip} and goal_steps {self.goal_steps}: expected at least 1")
         if min(self.tolerance, self.least) < 0 or min((*self.proprio, *self.judged), default=0) < 0:
@@ -57,18 +71,21 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
 
     Raises ValueError where there is none, or it does not fit.
     """
-    words, ready = dict(_word(word) for word in config.kwargs), READY.get(config.id)
+    words, ready = dict(_word(word) for word in config.kwargs), config.ready
     try:
         if ready is None:
             env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
             return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
         extra = {} if goals else ready.to_collect or {}
-        env = gym.make(f"{ready.module}:{config.id}", **{**ready.kwargs, **extra, **words})
+        env = gym.make(f"{ready.module}:{config.id.rpartition(':')[2]}", **{**ready.kwargs, **extra, **words})
         env = ready.wrap(env, config.least)
         return adapt(
             env, config, image_size, max_steps, proprio=ready.proprio, goal=lambda env, obs, info: env.goals(info),
             stop_on_success=stop_on_success, goals=goals,
         )  # fmt: skip
+    except ModuleNotFoundError as error:
+        remedy = ".venv/bin/pip install -c constraints.txt -e '.[peers]'"
+        raise ValueError(f"cannot make {config.id!r} ({error}); if it is of the extra peers: {remedy}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
 
@@ -152,7 +169,7 @@ class Adapted(gym.Env):
         obs, info = self.env.reset(seed=seed, options=options)
         if self._goals and self._goal_of is not None:
             made = self._goal_of if isinstance(self._goal_of, Mapping) else self._goal_of(self.env, obs, info)
-            self._subgoals = [self._goal(one) for one in ([made] if isinstance(made, Mapping) else made)]
+            self._subgoals = [self._as_goal(one) for one in ([made] if isinstance(made, Mapping) else made)]
         self._steps = 0
         seen = self._observe(obs)
         return seen, self._info(seen, info, {})
@@ -228,7 +245,7 @@ class Adapted(gym.Env):
             out["success"] = out["distance"] <= self.config.tolerance
         return out
 
-    def _goal(self, made: Obs) -> dict[str, np.ndarray]:
+    def _as_goal(self, made: Obs) -> dict[str, np.ndarray]:
         """A goal that somebody gave, as one of our observations."""
         proprio = {"proprio": np.asarray(made["proprio"], np.float32)} if "proprio" in made else {}
         return {"pixels": self._fit(made["pixels"]), **proprio}
@@ -291,8 +308,8 @@ class Adapted(gym.Env):
 def policy(name: str, env: gym.Env, rng: np.random.Generator) -> Callable[[dict], np.ndarray]:
     """Who acts: random (anew at each step), play (each action held for a while), or nothing; where it is ready, expert or mixture."""
     size = env.action_space.shape[0]
-    if name in ("expert", "mixture") and env.config.id in READY:
-        return READY[env.config.id].player(name, env.config.frame_skip, rng)
+    if name in ("expert", "mixture") and env.config.ready is not None:
+        return env.config.ready.player(name, env.config.frame_skip, rng)
     if name == "nothing":
         return lambda info: np.zeros(size, np.float32)
     if name == "random":

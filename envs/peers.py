@@ -12,22 +12,37 @@ the block there, held, and the first of two sub-goals one with the block held wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 
 Obs = Mapping[str, np.ndarray]
 Policy = Callable[[Mapping[str, Any]], np.ndarray]
 
-_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _BLOCK = 0.025  # m, half the edge of Fetch's block
-_REACH = 0.05  # m per unit of Fetch's action and step
+_REACH = 0.05  # m per unit of action and step, of Fetch's and OGBench's hands
 _OPEN = 0.05  # m, of each of Fetch's fingers
 _TRIES = 100  # draws of a start and a goal that are far enough apart
+
+
+@contextlib.contextmanager
+def _undone(model: Any, data: Any) -> Iterator[None]:
+    """Whatever is done to a MuJoCo state is undone in the end, to the bit."""
+    import mujoco  # it takes long, and a command line asks this module who is known
+
+    kind = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+    before = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, before, kind)
+    try:
+        yield
+    finally:
+        mujoco.mj_setState(model, data, before, kind)
+        mujoco.mj_forward(model, data)
+        mujoco.mj_setState(model, data, before, kind)  # mj_forward has touched the warm start
 
 
 class Fetch(gym.Wrapper):
@@ -36,7 +51,7 @@ class Fetch(gym.Wrapper):
     Starts are at least `least` m from their goals. What experts read is in info as privileged/*.
     """
 
-    def __init__(self, env: gym.Env, least: float = 0.1) -> None:
+    def __init__(self, env: gym.Env, least: float = 0.0) -> None:
         super().__init__(env)
         self._own, self._least, self._told = env.unwrapped, least, 1.0
         model = self._own.model
@@ -74,25 +89,22 @@ class Fetch(gym.Wrapper):
 
     def _held_at(self, place: np.ndarray) -> Obs:
         """A picture of the block in the closed hand at a place [3], and the proprioception there."""
+        import mujoco
+
         own, model, data = self._own, self._own.model, self._own.data
-        before = np.empty(mujoco.mj_stateSize(model, _STATE))
-        mujoco.mj_getState(model, data, before, _STATE)
         block = slice(self._block, self._block + 7)
-        data.qpos[block] = [0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0]  # out of the way
-        own._utils.reset_mocap2body_xpos(model, data)
-        data.mocap_pos[0] += place - data.site("robot0:grip").xpos
-        for _ in range(30):  # which the hand follows
-            data.qpos[block][:3] = [0.0, 0.0, -1.0]
-            mujoco.mj_step(model, data, own.n_substeps)
-        data.qpos[block] = [*place, 1.0, 0.0, 0.0, 0.0]
-        data.qpos[self._fingers] = _BLOCK
-        data.qvel[:] = 0.0
-        mujoco.mj_forward(model, data)
-        seen = {"pixels": self.env.render(), "proprio": fetch_proprio(own._get_obs())}
-        mujoco.mj_setState(model, data, before, _STATE)
-        mujoco.mj_forward(model, data)
-        mujoco.mj_setState(model, data, before, _STATE)  # mj_forward has touched the warm start
-        return seen
+        with _undone(model, data):
+            data.qpos[block] = [0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0]  # out of the way
+            own._utils.reset_mocap2body_xpos(model, data)
+            data.mocap_pos[0] += place - data.site("robot0:grip").xpos
+            for _ in range(30):  # which the hand follows
+                data.qpos[block][:3] = [0.0, 0.0, -1.0]
+                mujoco.mj_step(model, data, own.n_substeps)
+            data.qpos[block] = [*place, 1.0, 0.0, 0.0, 0.0]
+            data.qpos[self._fingers] = _BLOCK
+            data.qvel[:] = 0.0
+            mujoco.mj_forward(model, data)
+            return {"pixels": self.env.render(), "proprio": fetch_proprio(own._get_obs())}
 
 
 def fetch_proprio(obs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -147,6 +159,8 @@ class Cube(gym.Wrapper):
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self._own, self._told, self._collects = env.unwrapped, 1.0, env.unwrapped._mode == "data_collection"
+        self._begins = False
+        self.observation_space = gym.spaces.Dict({"proprio": gym.spaces.Box(-np.inf, np.inf, (6,), np.float64)})
         draw = self._own.compute_observation
         self._own.compute_observation = lambda: draw() if self._begins else None  # which takes longer than a step
 
@@ -155,10 +169,14 @@ class Cube(gym.Wrapper):
         self._told = 1.0
         if not self._collects and seed is not None:
             options = {"task_id": 1 + seed % 5, **(options or {})}
-        self._own.action_space.seed(seed)  # with which it stirs its goals
+        rng, step = np.random.default_rng(seed), self._own.step
+        self._own.step = lambda action: step(rng.uniform(-1, 1, len(action)))  # with which it stirs its goals, unseeded
         self._begins = True
-        _, info = self.env.reset(seed=seed, options=options)
-        self._begins = False
+        try:
+            _, info = self.env.reset(seed=seed, options=options)
+        finally:
+            self._begins = False
+            del self._own.step
         return self._seen(info), self._info(info)
 
     def step(self, action: np.ndarray):
@@ -188,27 +206,21 @@ class Cube(gym.Wrapper):
 
     def _held_at(self, place: np.ndarray, yaw: float) -> Obs:
         """The cube between closed fingers at a place [3], turned by an angle."""
+        import mujoco
         from ogbench.manipspace import lie
 
         own, model, data = self._own, self._own._model, self._own._data
-        before = np.empty(mujoco.mj_stateSize(model, _STATE))
-        mujoco.mj_getState(model, data, before, _STATE)
-        kept = own._prev_qpos, own._prev_qvel, own._prev_ob_info, own._success
         turn = (yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4  # fingers fit any two of its sides
         pose = lie.SE3.from_rotation_and_translation(lie.SO3.from_z_radians(turn) @ own._effector_down_rotation, np.array(place, float))
         attach = pose @ own._T_pa
         joints = own._ik.solve(pos=attach.translation(), quat=attach.rotation().wxyz, curr_qpos=own._home_qpos)
-        data.qpos[own._arm_joint_ids] = joints
-        data.joint("object_joint_0").qpos[:] = [*place, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]
-        data.qvel[:] = 0.0
-        data.ctrl[own._arm_actuator_ids], data.ctrl[own._gripper_actuator_ids] = joints, 255.0
-        mujoco.mj_step(model, data, nstep=self.CONTROLS * own._n_steps)
-        seen = {"pixels": own.render(), **self._seen(own.compute_ob_info())}
-        mujoco.mj_setState(model, data, before, _STATE)
-        mujoco.mj_forward(model, data)
-        mujoco.mj_setState(model, data, before, _STATE)
-        own._prev_qpos, own._prev_qvel, own._prev_ob_info, own._success = kept
-        return seen
+        with _undone(model, data):
+            data.qpos[own._arm_joint_ids] = joints
+            data.joint("object_joint_0").qpos[:] = [*place, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]
+            data.qvel[:] = 0.0
+            data.ctrl[own._arm_actuator_ids], data.ctrl[own._gripper_actuator_ids] = joints, 255.0
+            mujoco.mj_step(model, data, nstep=self.CONTROLS * own._n_steps)
+            return {"pixels": own.render(), **self._seen(own.compute_ob_info())}
 
 
 class CubeExpert:
@@ -263,7 +275,7 @@ class CubeExpert:
         self._phase, self._count = phase, 0
 
 
-def player_of(expert: Callable[..., Policy]) -> Callable[[str, int, np.random.Generator], Policy]:
+def maker_of(expert: Callable[..., Policy]) -> Callable[[str, int, np.random.Generator], Policy]:
     """Makes the expert, or a mixture that is drawn anew for each episode: experts that are noisy, miss, or drop."""
 
     def make(name: str, skip: int, rng: np.random.Generator) -> Policy:
@@ -277,25 +289,30 @@ def player_of(expert: Callable[..., Policy]) -> Callable[[str, int, np.random.Ge
 
 @dataclass(frozen=True)
 class Ready:
-    """How an environment of others becomes like ours, by its id."""
+    """How an environment of others becomes like ours."""
 
     module: str  # that registers it
     kwargs: dict[str, Any]  # for gym.make, unless others are given
     wrap: Callable[[gym.Env, float], gym.Env]  # of the environment, and the least distance of goals; it has `goals`
     proprio: Callable[[Any], np.ndarray]  # of its observation
     player: Callable[[str, int, np.random.Generator], Policy]  # expert or mixture, for a frame skip
+    subgoal_steps: tuple[int, ...]  # with its frame skip in the presets
+    heeds: tuple[str, ...] = ("frame_skip",)  # fields of Foreign that mean something here, beside id and kwargs
     to_collect: Mapping[str, Any] | None = None  # more for gym.make, where no goals are wanted
 
 
-READY: dict[str, Ready] = {
+READY: dict[str, Ready] = {  # by id, without the module
     "FetchPickAndPlace-v4": Ready(
         "gymnasium_robotics",
         {"max_episode_steps": -1, "render_mode": "rgb_array", "width": 192, "height": 192, "default_camera_config": {
             "distance": 1.1, "azimuth": 155.0, "elevation": -22.0, "lookat": np.array([1.36, 0.75, 0.6])}},
-        lambda env, least: Fetch(env, least or 0.1), fetch_proprio, player_of(FetchExpert),
+        Fetch, fetch_proprio, maker_of(FetchExpert), (12, 12), ("frame_skip", "least"),
     ),
     "visual-cube-single-v0": Ready(
-        "ogbench", {"max_episode_steps": 10_000, "disable_env_checker": True, "render_mode": "rgb_array", "terminate_at_goal": False, "width": 96, "height": 96},
-        lambda env, least: Cube(env), lambda obs: obs["proprio"], player_of(CubeExpert), {"mode": "data_collection"},
+        "ogbench",
+        {"max_episode_steps": 10_000, "disable_env_checker": True, "render_mode": "rgb_array", "terminate_at_goal": False,
+         "width": 96, "height": 96},
+        lambda env, least: Cube(env), lambda obs: obs["proprio"], maker_of(CubeExpert), (14, 14, 14),
+        to_collect={"mode": "data_collection"},
     ),
 }  # fmt: skip

@@ -1,11 +1,12 @@
 """Several agents that decide at once: for `gym.vector`, and wherever one model plans for many.
 
-    agent = VectorAgent(lambda model: Agent(model, SamplingPlanner(), GoalEnergy), model, envs.num_envs)
-    agent.reset(info["subgoals"])
-    obs, *_ = envs.step(agent.act(obs))
+    agents = VectorAgent(lambda shared: Agent(shared, SamplingPlanner(), GoalEnergy), model, envs.num_envs)
+    agents.reset(info["subgoals"], where=begins)
+    obs, _, terminated, truncated, info = envs.step(agents.act(obs))
+    begins, over = over, terminated | truncated  # Gymnasium's default autoreset: the step after the last one begins the next
 
-Each is an `Agent` that knows nothing of the others. They run by turns, each until it asks the model for something; then the
-model answers all of them as one batch.
+Each is an `Agent` that knows nothing of the others. They run by turns, each until it asks the model to encode or to imagine;
+then the model answers all of them as one batch.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from worldmodel.interface import Context, Features, Obs, WorldModel
 
 
 class VectorAgent:
-    """`count` agents of one model, as `make(model)` makes each; its `agents` are there to be looked at."""
+    """`count` agents of one model, as `make(shared)` makes each of what stands for it; its `agents` are there to be looked at.
+
+    The seconds of their decisions are those until all have decided. An agent's `chunk` bounds its own futures, of which there
+    are `count` times as many.
+    """
 
     def __init__(self, make: Callable[[WorldModel], Agent], model: WorldModel, count: int) -> None:
         if count < 1:
             raise ValueError(f"count is {count}: expected at least 1, the number of environments")
-        self._model = _Shared(model)
+        self._model, self._episodes = _Shared(model), 0
         self.agents = [make(self._model) for _ in range(count)]
 
     def reset(
@@ -37,22 +42,28 @@ class VectorAgent:
     ) -> None:  # fmt: skip
         """Start an episode of each, or of those `where` bool [n] says so, towards goals as `Agent.reset` takes them.
 
-        A mapping is n goals in one, as in `gym.vector`'s info["goal"]. Raises ValueError for another number of goals or seeds.
+        A mapping is n goals in one, as in `gym.vector`'s info["goal"]. seeds [n] are the planners', by default new ones for each
+        episode. Raises ValueError for another number of goals or seeds, or a `where` of another kind.
         """
         count = len(self.agents)
         if isinstance(goals, Mapping):
             goals = _each({key: goals[key] for key in ("pixels", "proprio") if key in goals}, count, "goals")
-        seeds = range(count) if seeds is None else seeds
+        if seeds is None:
+            seeds = range(self._episodes, self._episodes + count)
+        self._episodes += count
+        where = np.ones(count, bool) if where is None else np.asarray(where)
+        if where.dtype != bool or where.shape != (count,):
+            raise ValueError(f"expected where as bool [{count}], got {where.dtype} {list(where.shape)}; say of each agent whether it begins")
         for name, given in (("goals", goals), ("seeds", seeds)):
             if len(given) != count:
                 raise ValueError(f"got {len(given)} {name} for {count} agents; expected one for each")
-        for i in range(count) if where is None else np.flatnonzero(where):
+        for i in np.flatnonzero(where):
             self.agents[i].reset(goals[i], seeds[i])
 
     def act(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Actions float32 [n, A] for observations {"pixels": uint8 [n, h, w, 3], "proprio": float32 [n, S]}.
 
-        Raises as `Agent.act` does.
+        Raises as `Agent.act` does; the others have decided then, so `reset` all.
         """
         each = _each({key: obs[key] for key in ("pixels", "proprio") if key in obs}, len(self.agents), "observations")
         return np.stack(self._model.together([lambda a=a, o=o: a.act(o) for a, o in zip(self.agents, each)]))

@@ -238,19 +238,27 @@ def test_the_gripper_of_fetch_keeps_to_what_it_was_told(fetch):
 
 def test_an_expert_plays_the_tasks_of_ogbench(cube):
     """Seeds say which task; its goals are held twice and then the benchmark's own, and leave no trace."""
+    check_goal_env(cube)
     obs, info = cube.reset(seed=3)
     held, near, goal = info["subgoals"]
     np.testing.assert_allclose(held["proprio"][:2], info["privileged/object_pos"][:2], atol=0.01)
     np.testing.assert_allclose(near["proprio"][:2], info["privileged/target_pos"][:2], atol=0.01)
     assert info["privileged/target_pos"][1] == 0.2 and held["proprio"][-1] < 0.05 < obs["proprio"][-1] and "proprio" not in goal
-    again, _ = cube.reset(seed=3)
+    again, told = cube.reset(seed=3)
     assert all(np.array_equal(obs[key], again[key]) for key in obs)
+    assert all(np.array_equal(one["pixels"], other["pixels"]) for one, other in zip(info["subgoals"], told["subgoals"]))
     act = policy("expert", cube, np.random.default_rng(0))
     for _ in range(40):
         obs, _, over, _, info = cube.step(act(info))
         if over:
             break
     assert info["success"] and np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) <= 0.04
+
+
+def test_what_others_decide_is_not_asked_for():
+    with pytest.raises(ValueError, match="tolerance means nothing in gymnasium_robotics:FetchPickAndPlace-v4"):
+        Foreign(id="gymnasium_robotics:FetchPickAndPlace-v4", tolerance=0.1)
+    assert Foreign(id="visual-cube-single-v0").players[0] == "mixture" and Foreign(id="Reacher-v5").players[0] == "play"
 
 
 def test_ogbench_collects_from_random_places():

@@ -8,7 +8,7 @@ from planners.interface import Plan
 from worldmodel.data import Frames
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import GoalEnergy
-from worldmodel.guide import NEAR, OPENS, Guide, Way, fit_guide
+from worldmodel.guide import NEAR, WIDER, Guide, Way, fit_guide
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
@@ -76,7 +76,7 @@ def test_the_learned_way_is_for_what_is_far_and_no_wider_open():
     actions, waypoint = learned()(now, goal, 2)
     assert torch.equal(actions, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     assert torch.allclose(waypoint, torch.tensor([0.1, 0.0, 0.0, -0.03]))  # where it leads, with the goal's opening
-    for other in (torch.tensor([0.0, NEAR - 1e-3, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0, OPENS + 1e-3])):
+    for other in (torch.tensor([0.0, NEAR - 1e-3, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0, WIDER + 1e-3])):
         actions, waypoint = learned()(now, other, 2)
         assert (actions[:, 0] == 0).all() and torch.equal(waypoint, other)
     both = learned()(torch.zeros(2, 4), torch.stack((goal, other)), 2)

@@ -45,7 +45,7 @@ def test_each_decides_as_it_would_alone(world):
     for t in range(4):
         if t == 2:  # one begins anew, so that the contexts differ in length
             several.reset(goals, where=np.array([False, True, False]))
-            alone[1].reset(row(goals, 1), seed=1)
+            alone[1].reset(row(goals, 1), seed=4)  # the fifth episode's
         obs = pictures(3, t + 1)
         actions = several.act(obs)
         assert actions.shape == (3, 4) and actions.dtype == np.float32
@@ -93,6 +93,8 @@ def test_what_goes_wrong_in_one_is_raised(world):
         several.act(pictures(3, 0))
     with pytest.raises(ValueError, match="1 goals for 2 agents"):
         several.reset([row(pictures(1, 0), 0)])
+    with pytest.raises(ValueError, match=r"where as bool \[2\], got int64 \[1\]"):
+        several.reset(pictures(2, 0), where=np.array([1]))
     with pytest.raises(ValueError, match="at least 1"):
         VectorAgent(make, world, 0)
 

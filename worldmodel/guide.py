@@ -18,7 +18,7 @@ from worldmodel.data import Frames
 RIDGE = 0.01  # of the inverse, in the deviations of the data's changes: what hardly ever changes asks for no action
 WIDTH = 192  # of the learned way's hidden layers
 NEAR = 0.02  # m; nearer to a goal than this the learned way's own errors count, and the straight one is as good
-OPENS = 0.015  # m; a goal with the gripper wider open than now by more is reached by letting go, wherever the hand is
+WIDER = 0.015  # m; a goal with the gripper wider open than now by more is reached by letting go, wherever the hand is
 REACH = 0.05  # m or rad of a goal's distance that the network sees as 1
 
 
@@ -59,7 +59,7 @@ class Guide(nn.Module):
         learned, end = self._follow(lambda there: self.way(there, goal), now, horizon)
         end = torch.cat((end[..., :-1], goal[..., -1:]), -1)
         left = goal - now
-        apt = (left[..., :3].norm(dim=-1, keepdim=True) >= NEAR) & (left[..., -1:] <= OPENS)
+        apt = (left[..., :3].norm(dim=-1, keepdim=True) >= NEAR) & (left[..., -1:] <= WIDER)
         return torch.where(apt[..., None], learned, straight), torch.where(apt, end, goal)
 
     def _follow(self, choose: Callable[[Tensor], Tensor], now: Tensor, horizon: int) -> tuple[Tensor, Tensor]:

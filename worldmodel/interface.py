@@ -42,7 +42,7 @@ class Suggestion(NamedTuple):
     """Where a search for a plan may begin, and what it should look for."""
 
     actions: Tensor  # float32 [H, A] in [-1, 1]
-    waypoint: Features  # patches [P, D], proprio [S]: the goal, or what lies on the way to it, H steps ahead
+    waypoint: Features  # the goal's patches [P, D], and its proprio [S] or that of H steps ahead on the way to it
 
 
 class EncoderSizes(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.vjepa2_ac import NAME as AC
 from worldmodel.vjepa2_ac import ACConfig, ACPredictor
 
+REMEMBERED = 4  # contexts, of as many lengths as agents that decide at once may have
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "weights"
 
 
@@ -51,7 +53,7 @@ class LatentModel(nn.Module):
         self.hazard, self.guide = hazard, guide
         self.about = about or {}
         self._copy: tuple[Predictor, tuple, Predictor] | None = None  # of what, in which state, the copy
-        self._remembered: tuple[Context, tuple[list | None, int]] | None = None
+        self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
         self.requires_grad_(False).eval()
 
     @property
@@ -112,9 +114,11 @@ class LatentModel(nn.Module):
         (b, n, horizon), k = actions.shape[:3], z.shape[2]
         predictor = self._imaginer()
         with autocast(actions.device) if predictor is self.predictor else contextlib.nullcontext():
-            if self._remembered is None or self._remembered[0] is not context:  # a planner asks of one context many times
-                self._remembered = context, self._remember(context)
-            cache, start = self._remembered[1]
+            known = next((past for one, past in self._remembered if one is context), None)
+            if known is None:  # a planner asks of one context many times
+                known = self._remember(context)
+                self._remembered.append((context, known))
+            cache, start = known
             now = Features(context.features.patches[:, -1:], context.features.proprio[:, -1:])
             now = Features(*(x.repeat_interleave(n * k, 0) for x in now))  # [B * N * K, 1, ...]
             cache = expand(cache, n * k) if cache else None
@@ -217,7 +221,7 @@ def _predictor(config: dict) -> Predictor | ACPredictor:
 
 
 def holds(path: str | Path, part: str) -> bool:
-    """Whether a file holds a model with that part: proposer, hazard, reader."""
+    """Whether a file holds a model with that part: proposer, hazard, reader, guide, way."""
     _, config, _ = load_tensors(path, *MAKERS)
     return bool(config.get(part))
 

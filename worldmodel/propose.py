@@ -25,6 +25,7 @@ from worldmodel.training import Run, optimizer_for, seeded, set_rate
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
 RESTS = 5e-3  # m per step, change of its opening below which it is at rest
 WAY_BATCH, WAY_NOISE = 512, 2e-3  # frames; m and rad of the goals, which planners read off pictures
+HINDSIGHT = 0.5  # share of goals that are a frame on the way to the keyframe
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,31 @@ def judge_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, r
     return {"place_closed": float(off[0]), "place_opens": float(off[1])}
 
 
-def ways(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of rows [M, 4] of `lessons`, and for each the keyframe that its demonstration went to next: ints [F], [F]."""
-    frames = [np.arange(a, b) for row in rows for a, b in zip(row, row[1:])]
-    goals = [np.full(b - a, b) for row in rows for a, b in zip(row, row[1:])]
-    return np.concatenate(frames), np.concatenate(goals)
+def ways(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of successful episodes, and for each that which its demonstration went to next: ints [N], [N].
 
-
-def fit_way(proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray, config: ProposalConfig) -> Way:
-    """Clone what demonstrations did on their ways to the keyframes of rows [M, 4] of `lessons`.
-
-    proprio [F, S] and actions [F, A] of all frames. L1, since a demonstration's steps are at the limit or not, seldom between.
+    Those are the `keyframes`, and in episodes whose gripper never closes the last frame.
     """
-    index, ahead = ways(rows)
-    own, told = torch.from_numpy(proprio), torch.from_numpy(actions)
+    pairs = []
+    for episode, start, end in zip(frames.episodes, frames.offsets, frames.offsets[1:]):
+        if bool(read_episode(episode.path, ("success",))["success"]):
+            actions = frames.actions[start : end - 1]
+            found = keyframes(actions, frames.proprio[start:end])
+            if found is None and not (actions[:, -1] < CLOSES).any():
+                found = 0, len(actions)
+            pairs += [] if found is None else [(start + a, start + b) for a, b in zip(found, found[1:])]
+    index = [np.arange(a, b) for a, b in pairs]
+    return np.concatenate(index), np.repeat([b for _, b in pairs], [len(i) for i in index])
+
+
+def fit_way(frames: Frames, config: ProposalConfig) -> Way:
+    """Clone what demonstrations did on their `ways`.
+
+    Some of the goals are not the keyframe but a frame before it, in hindsight: goals of other tasks lie there. L1, since a
+    demonstration's steps are at the limit or not, seldom between.
+    """
+    index, ahead = ways(frames)
+    own, told = torch.from_numpy(frames.proprio), torch.from_numpy(frames.actions)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         way = Way(own.shape[1], told.shape[1])
@@ -143,8 +155,10 @@ def fit_way(proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray, config: 
     optimizer = optimizer_for(way, 0.01)
     for step in tqdm(range(config.way_steps), desc="way", unit="step"):
         set_rate(optimizer, config.way_rate, step, config.way_steps)
-        some = np.random.default_rng([config.seed, step]).integers(len(index), size=WAY_BATCH)
-        goal = own[ahead[some]]
+        rng = np.random.default_rng([config.seed, step])
+        some = rng.integers(len(index), size=WAY_BATCH)
+        sooner = rng.integers(index[some] + 1, ahead[some] + 1)
+        goal = own[np.where(rng.random(WAY_BATCH) < HINDSIGHT, sooner, ahead[some])]
         goal = goal + WAY_NOISE * torch.randn(goal.shape, generator=seeded(config.seed, step))
         loss = (way(own[index[some]], goal) - told[index[some]]).abs().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -154,18 +168,21 @@ def fit_way(proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray, config: 
 
 
 @torch.no_grad()
-def judge_way(way: Way, proprio: np.ndarray, actions: np.ndarray, rows: np.ndarray) -> float:
-    """L1 of its actions on the ways of rows [M, 4] of `lessons`."""
-    index, ahead = ways(rows)
-    own = torch.from_numpy(proprio)
-    return float((way(own[index], own[ahead]) - torch.from_numpy(actions[index])).abs().mean())
+def judge_way(way: Way, frames: Frames) -> float:
+    """L1 of its actions on other `ways`."""
+    index, ahead = ways(frames)
+    own = torch.from_numpy(frames.proprio)
+    return float((way(own[index], own[ahead]) - torch.from_numpy(frames.actions[index])).abs().mean())
 
 
 def fit_proposals(
     config: ProposalConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False,
+    resume: bool = False, more: Dataset | None = None,
 ) -> tuple[Proposer, Way, dict] | None:  # fmt: skip
-    """Train both in the folder `out`; None when `minutes` ended first (resume to go on). Also what they score, held out."""
+    """Train both in the folder `out`; None when `minutes` ended first (resume to go on). Also what they score, held out.
+
+    `more`: demonstrations that the way alone learns from, besides.
+    """
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
     rows, others = lessons(frames), lessons(held)  # before what takes minutes: there may be none
@@ -207,6 +224,9 @@ def fit_proposals(
     fit_hands(proposer, features, frames.proprio, rows, config)
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "episodes": len(rows), **scores()}
     about |= {f"held_out/{name}": error for name, error in judge_hands(proposer, kept, held.proprio, others).items()}
-    way = fit_way(frames.proprio, frames.actions, rows, config)
-    about["held_out/way"] = judge_way(way, held.proprio, held.actions, others)
+    if more is not None:
+        frames = Dataset(parts[0].episodes + more.episodes, data.recipes + more.recipes).load(keys=("proprio", "actions"))
+        about["more"] = more.fingerprint
+    way = fit_way(frames, config)
+    about["held_out/way"] = judge_way(way, held)
     return proposer.requires_grad_(False).eval(), way, about

@@ -69,9 +69,9 @@ class TrainConfig:
         for name in ("proprio_weight", "proprio_beta", "free_nats", "information_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        for name in ("prior_share", "free_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        for name, most in (("prior_share", 1), ("free_share", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 
@@ -111,8 +111,8 @@ def prediction_losses(
 
     Round 1 predicts frame t + 1 from the true frame t. Round r feeds back what round r - 1 imagined, so its
     prediction of frame t + 1 starts from the true frame t + 1 - r; the first r - 1 transitions, which cannot have
-    been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. None
-    has the prior's sample: judged by the one outcome there was, it would teach that z says nothing.
+    been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. `price`: share of
+    config.information_weight that counts. None has the prior's sample: judged by the one outcome there was, it would teach that z says nothing.
     """
     now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])  # frames 0 .. T - 1
     after = Features(clip.patches[:, 1:], clip.proprio[:, 1:])  # frames 1 .. T
@@ -203,7 +203,7 @@ def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path
     if identify(model.encoder) != identify(encoder):
         raise ValueError(f"{path} holds another encoder; a predictor goes on with the features that it knows: give its encoder")
     known = model.predictor.config
-    if replace(known, latent_dim=1, codes=False) != replace(predictor.config, latent_dim=1, codes=False):
+    if not isinstance(known, PredictorConfig) or replace(known, latent_dim=1, codes=False) != replace(predictor.config, latent_dim=1, codes=False):
         raise ValueError(f"{path} is of another architecture: it holds {known}, expected {predictor.config}")
     tensors = model.predictor.state_dict()
     if anew or known != predictor.config:

@@ -24,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
-from envs.peers import READY
 from worldmodel import data
 from worldmodel.commands import abstention, workers
 from worldmodel.commands.collect import Level, Task
@@ -82,12 +81,12 @@ class Config:
     cameras: tuple[str, ...] = ("front",)
     """views, as the model was trained with"""
     randomization: Level = "none"
-    """how much cameras, light and distractors vary between episodes (mild), colours, mass and friction as well (strong), or
-    one thing: the shifts"""
+    """how much cameras, light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
+    (hidden), a grip that holds or does not (slips), colours, mass and friction as well (strong), or one thing: the shifts"""
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
-    """candidate plans per iteration (default: 24; for a model without a guide, or of another environment, 40; simulator: 24, or 48)"""
+    """candidate plans per iteration (default: 24; for a model without a guide, or of an environment that nobody here knows, 40; simulator: 24, or 48)"""
     iterations: int | None = None
     """refinements of a plan (default: 1, or 3; simulator: 2, or 3)"""
     elites: int | None = None
@@ -146,8 +145,8 @@ class Config:
     abstain: float = 0.0
     """share of the decisions that --gate random holds (0 to 1)"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; planner, random or nothing act there, and where `envs.peers` knows it, expert;
-    elsewhere its only goal is final"""
+    """an environment of others instead of the robot; planner, random or nothing act there, and where `envs.peers` knows it, expert.
+    Those that it does not know have a final goal only"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
@@ -167,7 +166,7 @@ class Config:
             raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
             raise ValueError(f"--device {self.device} is for the planner; {self.policy} runs on the processor, and so does --trajectory")
-        able = FOREIGN + (("expert",) if self.env.id in READY else ())
+        able = FOREIGN + (("expert",) if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
         if self.env.id and self.policy == "planner" and self.model is None:
@@ -277,7 +276,7 @@ def resolved(config: Config) -> Config:
     from worldmodel import model
 
     names = ("samples", "iterations", "elites", "horizon", "std")
-    unknown = config.env.id and config.env.id not in READY
+    unknown = config.env.id and config.env.ready is None
     guided = config.policy in BUDGETS and not unknown and model.holds(config.model or model.shipped(), "guide")
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -293,7 +292,7 @@ def resolved(config: Config) -> Config:
     if config.propose == "always" and not able:
         raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
     if config.propose == "auto":
-        filled["propose"] = "always" if able and config.task.startswith("pick-place") else "never"
+        filled["propose"] = "always" if able and config.task.startswith("pick-place") and not config.env.id else "never"
     cautious = config.policy in BUDGETS and model.holds(path, "hazard")
     if config.risk_weight and not cautious:
         raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
@@ -303,7 +302,8 @@ def resolved(config: Config) -> Config:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
     if not config.subgoal_steps and (config.goal == "subgoals" or config.propose == "always"):
-        config = dataclasses.replace(config, subgoal_steps=SUBGOAL_STEPS.get(config.task, ()))
+        steps = config.env.ready.subgoal_steps if config.env.ready else SUBGOAL_STEPS.get(config.task, ())
+        config = dataclasses.replace(config, subgoal_steps=steps)
     return config
 
 

@@ -31,7 +31,7 @@ COMMANDS = {
     "collect": "run scripted experts in the simulator and keep their episodes",
     "pretrain": "pretrain the video encoder on episodes",
     "train": "train the predictor on features of a frozen encoder",
-    "propose": "train the proposer of sub-goals on the way to a goal, for a model",
+    "propose": "learn sub-goals, and the way from one to the next, from demonstrations, for a model",
     "imitate": "train a policy that imitates, to compare the planner with",
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",

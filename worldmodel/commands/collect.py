@@ -22,7 +22,6 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
-from envs.peers import READY
 from worldmodel import data
 from worldmodel.commands import workers
 
@@ -72,7 +71,7 @@ class Config:
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; task, object, cameras, action-dim and randomization are the robot's.
-    Who acts there: play (the default), random or nothing, and where `envs.peers` knows it, expert or mixture (the default)"""
+    Who acts there: play (the default), random or nothing; where `envs.peers` knows it, also expert or mixture, the default then"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "image_size", "max_steps"):
@@ -82,11 +81,10 @@ class Config:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.randomization == "moved-post":
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
-        ready = self.env.id in READY
-        if self.env.id and self.policy == "mixture" and not ready:
-            object.__setattr__(self, "policy", "play")
-        if self.env.id and self.policy not in ("play", "random", "nothing", *(("expert", "mixture") if ready else ())):
-            raise ValueError(f"in {self.env.id} {'expert, mixture, ' if ready else ''}play, random and nothing can act, not {self.policy}")
+        if self.env.id and self.policy == "mixture":
+            object.__setattr__(self, "policy", self.env.players[0])
+        if self.env.id and self.policy not in self.env.players:
+            raise ValueError(f"in {self.env.id} {', '.join(self.env.players)} can act, not {self.policy}")
 
 
 def run(config: Config) -> dict:

@@ -32,7 +32,7 @@ class Config:
     goals: int = 40
     """goals of each kind, around which the energy is measured"""
     forks: int = 60
-    """episodes whose steps are tried with other hidden mass and grip, as far as these agree with what was seen before; 0: none, and nothing of z"""
+    """episodes whose steps are repeated with other hidden mass and grip that fit what was seen so far; 0: none, and nothing of z"""
     frames: int = 8_000
     """frames of other episodes to train the probe on that reads the object's height"""
     probe_seed: int = 5000

@@ -34,7 +34,7 @@ from worldmodel.density import Density
 from worldmodel.encoder import usable
 from worldmodel.energy import EnergyConfig, GoalEnergy
 from worldmodel.hub import load_encoder
-from worldmodel.interface import Features
+from worldmodel.interface import Features, WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
 NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory")  # what
@@ -116,7 +116,7 @@ class Player:
         self.env.set_state(state)
         return bool(info["unsafe"])
 
-    def make_agent(self, world: nn.Module) -> Agent | Imitator:
+    def make_agent(self, world: WorldModel) -> Agent | Imitator:
         """An agent as the config says, of this player's model, or of what acts for it."""
         config = self.config
         if config.policy == "imitation":
@@ -313,6 +313,8 @@ def goals(config) -> Callable[[dict], list[dict]]:
 
     def goals_of(info):
         wanted = info["subgoals"] if config.goal == "subgoals" else [info["goal"]]
+        if config.goal_proprio and not all("proprio" in goal for goal in wanted):
+            raise ValueError(f"a goal of {config.env.id} is a picture alone; leave out --goal-proprio")
         return [{key: goal[key] for key in keys} for goal in wanted]
 
     return goals_of
@@ -320,7 +322,7 @@ def goals(config) -> Callable[[dict], list[dict]]:
 
 def distance(task: str, info: dict) -> float:
     """What remains, in metres: of the hand to its target in reach, else of the object to its own."""
-    if "distance" in info:  # of an environment of others
+    if "privileged/target_pos" not in info:  # an environment of others that nobody here knows
         return info["distance"]
     thing = info["privileged/tcp_pos" if task == "reach" else "privileged/object_pos"]
     return float(np.linalg.norm(thing - info["privileged/target_pos"]))

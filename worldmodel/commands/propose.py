@@ -19,12 +19,14 @@ class Config:
     """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
+    more: tuple[Path, ...] = ()
+    """further folders, of which the way alone learns: of other tasks, such as to reach"""
     model: Path | None = None
-    """model.safetensors that gets the proposer (None: the shipped model)"""
+    """model.safetensors that gets the proposer and the way (None: the shipped model)"""
     cache: Path | None = None
     """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
     minutes: float | None = None
-    """stop after so many minutes, with a checkpoint that --resume goes on from (None: train to the end)"""
+    """stop the proposer's training after so many minutes, with a checkpoint that --resume goes on from (None: train to the end)"""
     resume: bool = False
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
@@ -76,12 +78,17 @@ def run(config: Config) -> dict:
     world = model.load(config.model)
     recipe, cache = ProposalConfig(**shared(config, ProposalConfig)), config.cache or config.data[0] / "features"
     data = Dataset.open(config.data)
-    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume)
+    frames, known = data.load(keys=("proprio", "actions")), world.predictor.config
+    for name, have, want in (("proprio", frames.proprio, known.proprio_dim), ("actions", frames.actions, known.action_dim)):
+        if have.shape[1] != want:
+            raise ValueError(f"{name} of the data have {have.shape[1]} numbers, the model's have {want}; give data of the model's robot")
+    more = Dataset.open(config.more) if config.more else None
+    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, more)
     if made is None:
         return {"finished": False, "run": str(config.out)}
     world.proposer, way, about = made
     if world.guide is None:
-        world.guide = fit_guide(data.load(keys=("proprio", "actions")))
+        world.guide = fit_guide(frames)
     world.guide.way = way
     world.about["proposer"] = about
     path = config.out / "model.safetensors"

@@ -83,18 +83,23 @@ def several(player) -> dict:
     """Decisions per second for one environment and for MANY in a `gym.vector`, planned as one batch; stepping does not count."""
     from planners.vector import VectorAgent
 
-    out = {}
+    own, out = player.env.config, {}
     for count in (1, MANY):
-        envs = gym.make_vec("envs:PandaPickPlace-v0", num_envs=count, vectorization_mode="sync")
-        agent = VectorAgent(player.make_agent, player.model, count)
-        obs, info = envs.reset(seed=0)
-        agent.reset([[{"pixels": goal["pixels"]} for goal in goals] for goals in info["subgoals"]])
-        seconds = []
-        for _ in range(FIRST + TIMED):
-            start = time.perf_counter()
-            actions = agent.act(obs)
-            seconds.append(time.perf_counter() - start)
-            obs, *_ = envs.step(actions)
-        envs.close()
+        envs = gym.make_vec(
+            "envs:PandaPickPlace-v0", num_envs=count, vectorization_mode="sync", image_size=own.image_size, action_dim=own.action_dim,
+            cameras=own.cameras,
+        )  # fmt: skip
+        try:
+            agent = VectorAgent(player.make_agent, player.model, count)
+            obs, info = envs.reset(seed=0)
+            agent.reset([[{"pixels": goal["pixels"]} for goal in goals] for goals in info["subgoals"]])
+            seconds = []
+            for _ in range(FIRST + TIMED):
+                start = time.perf_counter()
+                actions = agent.act(obs)
+                seconds.append(time.perf_counter() - start)
+                obs, *_ = envs.step(actions)
+        finally:
+            envs.close()
         out[str(count)] = count / float(np.median(seconds[FIRST:]))
     return {"decisions_per_second": out}

@@ -35,8 +35,8 @@ class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     """where it trains: cpu, cuda"""
     start: str = ""
-    """path of a model.safetensors whose predictor to start from, of the same encoder and sizes (z may be of another kind, and
-    begins anew then); empty: random weights"""
+    """path of a model.safetensors whose predictor to start from, of the same encoder and sizes (z begins anew where it is
+    of another kind, or with --free-share); empty: random weights"""
     merge: int = 2
     """a token of the predictor holds merge x merge patches; more is faster and coarser"""
     embed_dim: int = 256
@@ -48,7 +48,7 @@ class Config:
     latent_dim: int = 8
     """numbers in z, the stochastic part of a transition"""
     codes: bool = False
-    """z is one of so many codes, not so many normal numbers"""
+    """z is one of --latent-dim codes instead of --latent-dim normal numbers"""
     window: int = 3
     """frames that the predictor sees, the present one included"""
     transitions: int = 4
@@ -64,7 +64,8 @@ class Config:
     information_weight: float = 1e-3
     """of the information of z beyond that"""
     free_share: float = 0.0
-    """share of the steps in which no information costs anything, so that z is tried at all; over as many more its weight rises"""
+    """share of the steps, up to a half, in which no information costs anything, so that z is tried at all; over as many more its
+    weight rises"""
     prior_share: float = 0.25
     """share of the clips whose z is the prior's mean, as in planning; for the others it has seen the outcome"""
     batch: int = 32
