@@ -236,6 +236,7 @@ def test_the_gripper_of_fetch_keeps_to_what_it_was_told(fetch):
         assert (obs["proprio"][3] < 0.02) == closed
 
 
+@pytest.mark.filterwarnings("ignore:.*precision lowered:UserWarning")
 def test_an_expert_plays_the_tasks_of_ogbench(cube):
     """Seeds say which task; its goals are held twice and then the benchmark's own, and leave no trace."""
     check_goal_env(cube)
@@ -261,6 +262,7 @@ def test_what_others_decide_is_not_asked_for():
     assert Foreign(id="visual-cube-single-v0").players[0] == "mixture" and Foreign(id="Reacher-v5").players[0] == "play"
 
 
+@pytest.mark.filterwarnings("ignore:.*precision lowered:UserWarning")
 def test_ogbench_collects_from_random_places():
     env = of_peers("ogbench", Foreign(id="visual-cube-single-v0", frame_skip=4), goals=False)
     infos = [env.reset(seed=seed)[1] for seed in range(2)]

@@ -5,6 +5,7 @@ import torch
 
 from planners.agent import Agent
 from planners.interface import Plan
+from worldmodel import data
 from worldmodel.data import Frames
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import GoalEnergy
@@ -35,28 +36,28 @@ def test_it_leads_straight_to_the_goal():
     assert guide(torch.zeros(2, 5, 3), torch.ones(2, 5, 3), 2)[0].shape == (2, 5, 2, 2)
 
 
-def test_the_learned_way_is_that_of_demonstrations():
-    """Hands that go along x and then along y, where straight ahead is aslant."""
+def test_the_learned_way_is_that_of_demonstrations(tmp_path):
+    """Hands that go along x and then along y to a place, where straight ahead is aslant; episodes that failed do not count."""
     rng = np.random.default_rng(0)
-    proprio, actions, rows = [], [], []
-    for _ in range(200):
-        at, goals = np.zeros(4), np.concatenate((rng.uniform(0.1, 0.3, (3, 2)).cumsum(0), np.zeros((3, 2))), 1)
-        row = [len(proprio)]
-        for goal in goals:
-            while np.abs(goal - at).max() > 1e-6:
-                left = (goal - at)[:2]
-                action = np.clip([left[0] / 0.05, 0.0 if abs(left[0]) > 1e-6 else left[1] / 0.05], -1, 1)
-                proprio.append(at), actions.append(action)
-                at = at + np.append(0.05 * action, [0.0, 0.0])
-            row.append(len(proprio))
-        proprio.append(at), actions.append(np.zeros(2))
-        rows.append(row)
-    proprio, actions, rows = np.array(proprio, np.float32), np.array(actions, np.float32), np.array(rows)
-    index, ahead = ways(rows)
-    assert (index < ahead).all() and np.isin(ahead, rows[:, 1:]).all() and len(index) == (rows[:, 3] - rows[:, 0]).sum()
-    way = fit_way(proprio, actions, rows, ProposalConfig(way_steps=400))
-    assert judge_way(way, proprio, actions, rows) < 0.08
-    again = fit_way(proprio, actions, rows, ProposalConfig(way_steps=400))
+    for i in range(200):
+        at, goal = np.array([0.0, 0.0, 0.0, 0.08]), np.array([*rng.uniform(0.1, 0.3, 2), 0.0, 0.08])
+        proprio, actions = [at], []
+        while np.abs(goal - at).max() > 1e-6:
+            left = (goal - at)[:2]
+            actions.append(np.clip([left[0] / 0.05, 0.0 if abs(left[0]) > 1e-6 else left[1] / 0.05, 0.0], -1, 1))
+            at = at + np.append(0.05 * actions[-1], 0.0)
+            proprio.append(at)
+        failed = i % 4 == 3
+        told = -np.array(actions, np.float32) if failed else np.array(actions, np.float32)
+        arrays = {"pixels": np.zeros((len(proprio), 1, 1, 3), np.uint8), "proprio": np.array(proprio, np.float32), "actions": told}
+        data.write_episode(data.episode_path(tmp_path, i), {**arrays, "success": np.bool_(not failed)})
+    paths = [data.episode_path(tmp_path, i) for i in range(200)]
+    data.write_recipe(tmp_path, "this test", {}, 200, [data.checksum(path) for path in paths])
+    every = data.Dataset.open(tmp_path).load(keys=("proprio", "actions"))
+    index, ahead = ways(every)
+    assert (index < ahead).all() and set(ahead) == {end - 1 for i, end in enumerate(every.offsets[1:]) if i % 4 != 3}
+    way, again = (fit_way(every, ProposalConfig(way_steps=600)) for _ in range(2))
+    assert judge_way(way, every) < 0.08
     assert all(torch.equal(a, b) for a, b in zip(way.state_dict().values(), again.state_dict().values(), strict=True))
 
 
