@@ -91,6 +91,7 @@ class _Turn(threading.Thread):
 
     def run(self) -> None:
         _Turn.own.turn = self
+        torch.set_num_threads(1)  # of this thread; a team of its own for its small products takes longer than they do
         self._go.acquire()
         try:
             self.result = self._task()
@@ -136,6 +137,7 @@ class _Shared:
     def together(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         """Results of tasks that ask this model; raises the first error of any once all are over."""
         self._joint.clear()
+        threads = torch.get_num_threads()
         turns = [_Turn(task) for task in tasks]
         asking = [turn for turn in turns if turn.go_on()]
         while asking:
@@ -145,6 +147,7 @@ class _Shared:
             for group in alike.values():
                 self._answer(group)
             asking = [turn for turn in asking if turn.go_on()]
+        torch.set_num_threads(threads)  # which new threads take over
         for turn in turns:
             if turn.error is not None:
                 raise turn.error

@@ -70,7 +70,9 @@ def test_the_model_is_asked_once_for_all(world):
     several = VectorAgent(make, counted, 5)
     several.reset(pictures(5, 0))
     asked.clear()
+    threads = torch.get_num_threads()
     several.act(pictures(5, 1))
+    assert torch.get_num_threads() == threads
     assert {count for _, count in asked} == {5} and [kind for kind, _ in asked].count("encode") == 1
     rollouts = len(asked)
     one = VectorAgent(make, counted, 1)
