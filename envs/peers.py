@@ -186,6 +186,13 @@ class Cube(gym.Wrapper):
         _, reward, terminated, truncated, info = self.env.step(np.append(action[:-1], -self._told))
         return self._seen(info), reward, terminated, truncated, self._info(info) | {"success": info["success"]}
 
+    def close(self) -> None:
+        """Free the GL context, which it keeps beyond GL's own end."""
+        if self._own._renderer is not None:
+            self._own._renderer.close()
+            self._own._renderer = None
+        self.env.close()
+
     def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The cube held where it lies, held at its target, and the benchmark's goal; the present state stays as it was."""
         held = [self._held_at(info["privileged/object_pos"], info["privileged/yaw"]), self._held_at(info["privileged/target_pos"], 0.0)]

@@ -54,7 +54,7 @@ LEVELS: dict[str, Level | None] = {
     "hidden": Level(  # mild, and what no picture tells
         camera_shift=0.02, camera_turn=np.deg2rad(2.0), light=0.2, distractors=2, mass=(1 / 2.0, 2.0), grip=(0.01, 1.0),
     ),  # fmt: skip
-    "slips": Level(mass=(1 / 2.0, 2.0), grip=(0.01, 0.3)),  # half of what is lifted stays behind, and nothing tells beforehand
+    "slips": Level(mass=(1 / 2.0, 2.0), grip=(0.01, 0.3)),  # much of what is lifted stays behind, and nothing tells beforehand
     "strong": Level(
         camera_shift=0.03, camera_turn=np.deg2rad(2.5), light=0.4, distractors=3, colours=0.6, mass=(1 / 2.0, 2.0),
         friction=(1 / 1.5, 1.5), textures=True,

@@ -167,7 +167,7 @@ class _Shared:
                     whole = self._model.rollout(self._joined(contexts), torch.cat(actions), torch.cat(z))
                     parts = [[None] * len(group) if x is None else x.split(sizes) for x in whole]
                     answers = [Features(*own) for own in zip(*parts)]
-        except Exception as error:
+        except Exception as error:  # whose it is, and what to do about it, is for those who asked
             answers = [error] * len(group)
         for turn, answer in zip(group, answers):
             turn.answer = answer

@@ -25,6 +25,7 @@ from worldmodel.training import Run, optimizer_for, seeded, set_rate
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
 RESTS = 5e-3  # m per step, change of its opening below which it is at rest
 WAY_BATCH, WAY_NOISE = 512, 2e-3  # frames; m and rad of the goals, which planners read off pictures
+WAY_DECAY = 0.01  # of weights
 HINDSIGHT = 0.5  # share of goals that are a frame on the way to the keyframe
 
 
@@ -152,7 +153,7 @@ def fit_way(frames: Frames, config: ProposalConfig) -> Way:
         way = Way(own.shape[1], told.shape[1])
     way.proprio_mean.copy_(own.mean(0))
     way.proprio_std.copy_(own.std(0).clamp_min(1e-2))
-    optimizer = optimizer_for(way, 0.01)
+    optimizer = optimizer_for(way, WAY_DECAY)
     for step in tqdm(range(config.way_steps), desc="way", unit="step"):
         set_rate(optimizer, config.way_rate, step, config.way_steps)
         rng = np.random.default_rng([config.seed, step])

@@ -111,8 +111,9 @@ def prediction_losses(
 
     Round 1 predicts frame t + 1 from the true frame t. Round r feeds back what round r - 1 imagined, so its
     prediction of frame t + 1 starts from the true frame t + 1 - r; the first r - 1 transitions, which cannot have
-    been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. `price`: share of
-    config.information_weight that counts. None has the prior's sample: judged by the one outcome there was, it would teach that z says nothing.
+    been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. None
+    has the prior's sample: judged by the one outcome there was, it would teach that z says nothing. price: share of
+    config.information_weight that counts.
     """
     now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])  # frames 0 .. T - 1
     after = Features(clip.patches[:, 1:], clip.proprio[:, 1:])  # frames 1 .. T
