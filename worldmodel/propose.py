@@ -178,11 +178,11 @@ def judge_way(way: Way, frames: Frames) -> float:
 
 def fit_proposals(
     config: ProposalConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False, more: Dataset | None = None,
+    resume: bool = False, way_data: Dataset | None = None,
 ) -> tuple[Proposer, Way, dict] | None:  # fmt: skip
     """Train both in the folder `out`; None when `minutes` ended first (resume to go on). Also what they score, held out.
 
-    `more`: demonstrations that the way alone learns from, besides.
+    `way_data`: the demonstrations that the way learns from, where those are others.
     """
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
@@ -225,9 +225,9 @@ def fit_proposals(
     fit_hands(proposer, features, frames.proprio, rows, config)
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "episodes": len(rows), **scores()}
     about |= {f"held_out/{name}": error for name, error in judge_hands(proposer, kept, held.proprio, others).items()}
-    if more is not None:
-        frames = Dataset(parts[0].episodes + more.episodes, data.recipes + more.recipes).load(keys=("proprio", "actions"))
-        about["more"] = more.fingerprint
+    if way_data is not None:
+        frames, held = (part.load(keys=("proprio", "actions")) for part in way_data.split(0.03))
+        about["way_data"] = way_data.fingerprint
     way = fit_way(frames, config)
     about["held_out/way"] = judge_way(way, held)
     return proposer.requires_grad_(False).eval(), way, about

@@ -19,8 +19,8 @@ class Config:
     """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
-    more: tuple[Path, ...] = ()
-    """further folders, of which the way alone learns: of other tasks, such as to reach"""
+    way_data: tuple[Path, ...] = ()
+    """folders that the way learns from, such as of tasks that need another one (none: those in --data)"""
     model: Path | None = None
     """model.safetensors that gets the proposer and the way (None: the shipped model)"""
     cache: Path | None = None
@@ -82,8 +82,8 @@ def run(config: Config) -> dict:
     for name, have, want in (("proprio", frames.proprio, known.proprio_dim), ("actions", frames.actions, known.action_dim)):
         if have.shape[1] != want:
             raise ValueError(f"{name} of the data have {have.shape[1]} numbers, the model's have {want}; give data of the model's robot")
-    more = Dataset.open(config.more) if config.more else None
-    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, more)
+    others = Dataset.open(config.way_data) if config.way_data else None
+    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, others)
     if made is None:
         return {"finished": False, "run": str(config.out)}
     world.proposer, way, about = made
