@@ -32,6 +32,7 @@ def test_steps_branch_where_grip_decides_and_not_before_the_grasp(world):
     apart = np.array([step.apart for step in steps])
     assert (apart[: closes - 1] < branching.STEADY).all() and apart[closes:].max() > branching.BRANCHES
     assert [len(step.actions) for step in steps[:4]] == [1, 2, 3, 3] and steps[3].before.patches.shape == (3, 16, 24)
+    assert all(bool(step.where.all()) == (step.apart < branching.BRANCHES) and step.where.any() for step in steps)
 
 
 def test_trying_a_step_leaves_no_trace():
@@ -42,7 +43,8 @@ def test_trying_a_step_leaves_no_trace():
         action = policy(info)
         before, fields = env.get_state(), env.variation.fields
         draws = [env.randomizer.redraw_physics(before.variation, "hidden", np.random.default_rng(i)) for i in range(3)]
-        assert branching._tried(env, action, draws).shape == (3, 3)
+        places, poses = branching._tried(env, action, draws)
+        assert places.shape == (3, 3) and poses.shape == (3, env.scene.model.nq)
         after = env.get_state()
         assert np.array_equal(before.physics, after.physics) and before.rng == after.rng
         assert np.array_equal(env.scene.model.geom_friction, fields["geom_friction"])
@@ -64,11 +66,11 @@ def test_a_posterior_that_is_the_prior_carries_nothing(world):
     def step(seed: int, apart: float) -> branching.Step:
         g = torch.Generator().manual_seed(seed)
         before = Features(torch.randn(2, 16, 24, generator=g), torch.randn(2, 7, generator=g))
-        return branching.Step(before, torch.zeros(2, 4), torch.randn(16, 24, generator=g), apart)
+        return branching.Step(before, torch.zeros(2, 4), torch.randn(16, 24, generator=g), apart, torch.arange(16) < 4)
 
     steps = [step(seed, apart) for seed, apart in enumerate((0.02, 0.02, 0.02, 0.0, 0.0, 0.002))]
     told = branching.judge(world, steps)
     assert {name: row["steps"] for name, row in told.items()} == {"branching": 3, "steady": 2}
     for row in told.values():
-        assert abs(row["nats"]) < 1e-4 and abs(row["posterior"] - row["mean"]) < 1e-3 and row["best"] <= row["mean"] + 1e-3
+        assert row["patches"] == 4 and abs(row["nats"]) < 1e-4 and abs(row["posterior"] - row["mean"]) < 1e-3 and row["best"] <= row["mean"] + 1e-3
     assert branching.judge(world, steps[:1]) == {}

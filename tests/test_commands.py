@@ -210,7 +210,7 @@ BAD_FLAGS = {
     "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
     "--object spoon": "'box', 'cup', 'can', 'both'",
     "--policy expret": "'expert'",
-    "--preset nothing": "known are cube, debug",
+    "--preset nothing": "known are base, cube, debug",
     "--epsiodes 3": "--episodes",
     "--episodes 0": "episodes is 0, expected at least 1",
     "--episodes -3": "episodes is -3, expected at least 1",
@@ -502,7 +502,7 @@ def test_a_model_learns_to_propose_and_plans_through_it(model, tmp_path, capfd):
     bench = ("bench", "--preset", "debug", "--goal", "final")
     assert cli.main(words(*bench, "--model", told["model"], "--out", tmp_path / "bench")) == 0
     played = json.loads((tmp_path / "bench" / "results.json").read_text())
-    assert played["config"]["propose"] == "always" and played["config"]["subgoal_steps"] == [12, 12, 12]
+    assert played["config"]["propose"] == "always" and played["config"]["subgoal_steps"] == [12, 16, 12]
     other = ("--propose", "always", "--out", tmp_path / "other")
     assert "`worldmodel propose`" in refuse(capfd, *bench, "--model", model, *other)
     assert "--goal final" in refuse(capfd, "bench", "--preset", "debug", "--model", told["model"], *other)

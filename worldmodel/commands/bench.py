@@ -37,7 +37,7 @@ GUIDED = {  # the same where the model suggests the way
     "simulator": (24, 2, 6, 2, 0.3),
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
-SUBGOAL_STEPS = {"pick-place": (12, 12, 12), "pick-place-fragile": (12, 12, 12), "grasp": (12, 8)}  # long enough for every start of the task
+SUBGOAL_STEPS = {"pick-place": (12, 16, 12), "pick-place-fragile": (12, 16, 12), "grasp": (12, 8)}  # long enough for every start of the task
 FOREIGN = ("planner", "random", "nothing")  # policies that can act in an environment of others
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
@@ -118,15 +118,15 @@ class Config:
     proprio_weight: float | None = None
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
     risk_weight: float | None = None
-    """of the probability that a step goes wrong, in a plan's cost (default: 0.5 where the model has a hazard head, else 0)"""
+    """of the probability that a step goes wrong, in a plan's cost (default: 0.2 where the model has a hazard head, else 0)"""
     readings: int = 0
     """where goals are pictures alone: last pictures by which the hand's place, as read off a goal's, is mended, since what a
     reading is off now it is off there too; 5 where the camera may not be in its place"""
     subgoal_steps: tuple[int, ...] = ()
-    """steps until the next sub-goal's turn (default: 12 12 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
+    """steps until the next sub-goal's turn (default: 12 16 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
     """energy at which the next sub-goal's turn comes; it belongs to a model (default: none)"""
-    patience: int | None = 3
+    patience: int | None = 2
     """steps without progress after which it looks ahead anew, and moves on if that promises none; none: any number"""
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
@@ -297,7 +297,7 @@ def resolved(config: Config) -> Config:
     if config.risk_weight and not cautious:
         raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
     if config.risk_weight is None:
-        filled["risk_weight"] = 0.5 if cautious else 0.0
+        filled["risk_weight"] = 0.2 if cautious else 0.0
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)

@@ -25,7 +25,7 @@ def counted(work: Callable) -> int:
 
 
 def training(world) -> dict:
-    """Clips/s of pretraining and sequences/s of training, in steps of the shipped presets without the optimiser, and GFLOP/s."""
+    """Clips/s of pretraining and sequences/s of training, in steps of the base presets without the optimiser, and GFLOP/s."""
     import torch
 
     from worldmodel.commands import cli
@@ -37,12 +37,12 @@ def training(world) -> dict:
     from worldmodel.pretrain import Pretraining
     from worldmodel.train import TrainConfig, prediction_losses
 
-    recipe = pretraining.recipe(cli.parse("pretrain", pretraining, [], "shipped"))
+    recipe = pretraining.recipe(cli.parse("pretrain", pretraining, [], "base"))
     learner, size, wide = Pretraining(recipe), recipe.encoder.image_size, recipe.drawn[1] * recipe.encoder.patch_size
     clips = torch.randint(0, 256, (recipe.batch, 1, size, wide, 3), dtype=torch.uint8)
     masks = draw(KINDS["open"], recipe.batch, 1, recipe.encoder.grid, np.random.default_rng(0))
 
-    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "shipped"), TrainConfig))
+    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "base"), TrainConfig))
     predictor = type(world.predictor)(world.predictor.config)
     sizes, shape = predictor.config, (own.batch, own.transitions)
     clip = Features(
