@@ -69,8 +69,8 @@ class SamplingConfig:
             raise ValueError(f"std {self.std}, min_std {self.min_std}, temperature {self.temperature}: expected more than 0")
 
 
-GUIDED = SamplingConfig(samples=24, iterations=1, elites=4, std=0.3)
-"""For a model that suggests the way: around that, few candidates do."""
+GUIDED = SamplingConfig(samples=24, iterations=1, elites=4, std=0.3, fine=0.1)
+"""For a model that suggests the way: around that, few candidates do, some of them close."""
 VJEPA2_AC = SamplingConfig(
     samples=800, iterations=10, elites=10, std=1.0, min_std=1e-3, momentum=0.0, ball=1.0, gripper="gaussian"
 )
@@ -112,7 +112,7 @@ class SamplingPlanner:
     def careful(self) -> SamplingPlanner:
         """The same, but one that looks about at least as much as by default: for where what lies near has been refused."""
         config, least = self.config, SamplingConfig()
-        more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites")}
+        more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites", "fine")}
         std = config.std if isinstance(config.std, tuple) else max(config.std, least.std)
         return replace(self, config=replace(config, std=std, **more))
 

@@ -108,16 +108,16 @@ class Reading(PlaneModel):
 
 def test_what_a_reading_is_off_now_is_taken_off_the_goals():
     goal = {"pixels": picture((0.8, 0.5))["pixels"]}
-    agent = agent_of(Reading(), AgentConfig(readings=5))
+    agent = agent_of(Reading(), AgentConfig())
     go(agent, Plane(), 3, goal)
     assert torch.allclose(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
     go(agent, Plane(), 1, picture((0.8, 0.5)))  # told, not read
     assert torch.equal(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]))
     halves = lambda now, goal: [goal._replace(proprio=goal.proprio / 2), goal]  # noqa: E731
-    agent = agent_of(Reading())
+    agent = agent_of(Reading(), AgentConfig(readings=0))
     go(agent, Plane(), 3, goal)
     assert torch.allclose(agent._pursued[0].proprio, torch.tensor([0.9, 0.6]), atol=5e-3)  # not asked to
-    agent = agent_of(Reading(), AgentConfig(subgoal_steps=(9, 9), readings=5), propose=halves)
+    agent = agent_of(Reading(), AgentConfig(subgoal_steps=(9, 9)), propose=halves)
     go(agent, Plane(), 2, goal)
     assert torch.allclose(agent._pursued[1].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
 

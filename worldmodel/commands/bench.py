@@ -28,13 +28,13 @@ from worldmodel import data
 from worldmodel.commands import abstention, workers
 from worldmodel.commands.collect import Level, Task
 
-BUDGETS = {  # samples, iterations, elites, horizon, std
-    "planner": (40, 3, 8, 2, 0.6),
-    "simulator": (48, 3, 8, 2, 0.6),
+BUDGETS = {  # samples, iterations, elites, horizon, std, fine
+    "planner": (40, 3, 8, 2, 0.6, 1.0),
+    "simulator": (48, 3, 8, 2, 0.6, 1.0),
 }
 GUIDED = {  # the same where the model suggests the way
-    "planner": (24, 1, 4, 2, 0.3),
-    "simulator": (24, 2, 6, 2, 0.3),
+    "planner": (24, 1, 4, 2, 0.3, 0.1),
+    "simulator": (24, 2, 6, 2, 0.3, 0.1),
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 16, 12), "pick-place-fragile": (12, 16, 12), "grasp": (12, 8)}  # long enough for every start of the task
@@ -99,8 +99,8 @@ class Config:
     """actions that are run of a plan (steps)"""
     std: float | None = None
     """of the first candidates, in units of an action (default: 0.3, or 0.6)"""
-    fine: float = 1.0
-    """noise of a candidate is scaled by a factor from here to 1, log-uniform"""
+    fine: float | None = None
+    """noise of a candidate is scaled by a factor from here to 1, log-uniform (default: 0.1, or 1)"""
     hold: float = 0.6
     """probability that the first candidates leave the gripper alone at a step"""
     margin: float = 0.2
@@ -119,9 +119,9 @@ class Config:
     """of proprioception in the energy: the goal's own with --goal-proprio, else what the model reads off its picture (default: 2; reach: 0.5)"""
     risk_weight: float | None = None
     """of the probability that a step goes wrong, in a plan's cost (default: 0.2 where the model has a hazard head, else 0)"""
-    readings: int = 0
+    readings: int = 5
     """where goals are pictures alone: last pictures by which the hand's place, as read off a goal's, is mended, since what a
-    reading is off now it is off there too; 5 where the camera may not be in its place"""
+    reading is off now it is off there too; 0: none"""
     subgoal_steps: tuple[int, ...] = ()
     """steps until the next sub-goal's turn (default: 12 16 12 in pick-place, 12 8 in grasp; 4 10 4 is V-JEPA 2-AC's)"""
     switch_energy: float | None = None
@@ -275,7 +275,7 @@ def resolved(config: Config) -> Config:
     """The config with the defaults that depend on the policy, and the file of the model."""
     from worldmodel import model
 
-    names = ("samples", "iterations", "elites", "horizon", "std")
+    names = ("samples", "iterations", "elites", "horizon", "std", "fine")
     unknown = config.env.id and config.env.ready is None
     guided = config.policy in BUDGETS and not unknown and model.holds(config.model or model.shipped(), "guide")
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
