@@ -16,6 +16,7 @@ from worldmodel.commands import bench, cli
 from worldmodel.commands.bench import Config, wilson
 from worldmodel.commands.policies import Paced, Player, goals
 from worldmodel.commands.simulator import SimulatorModel
+from worldmodel.data import Dataset
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import EnergyConfig, GoalEnergy
 from worldmodel.interface import Context
@@ -179,6 +180,18 @@ def test_a_video_moves_and_shows_the_energy(model_file, tmp_path):
     assert not (tmp_path / "plan" / "episode-10001.webp").exists()
 
 
+def test_what_was_played_is_data_to_train_on(model_file, tmp_path):
+    for workers in (1, 2):
+        bench.run(Config(tmp_path / str(workers), policy="planner", model=model_file, record=True, workers=workers, **SMALL))
+    sets = [Dataset.open([tmp_path / str(workers) / "data"]) for workers in (1, 2)]
+    assert sets[0].recipes[0]["checksums"] == sets[1].recipes[0]["checksums"]
+    frames = sets[0].load(keys=("pixels", "proprio", "actions", "privileged/unsafe"))
+    assert frames.pixels.shape == (8, 48, 48, 3) and list(frames.offsets) == [0, 4, 8]
+    assert np.abs(frames.actions[:3]).max() > 0
+    with pytest.raises(ValueError, match="--record"):
+        Config(tmp_path, record=True, trajectory=tmp_path / "some.npz")
+
+
 # The simulator as a model
 
 
@@ -250,7 +263,7 @@ def test_a_player_plays_an_encoder_file_in_the_simulator(encoder, tmp_path):
     save_encoder(tmp_path / "encoder.safetensors", encoder, {})
     config = bench.resolved(Config(tmp_path / "out", policy="simulator", model=tmp_path / "encoder.safetensors", **SMALL))
     player = Player(config)
-    episode, film = player.play(3)
+    episode, film, _ = player.play(3)
     player.close()
     assert episode["steps"] == 3 and film.frames.shape == (4, 48, 48, 3) and len(film.goals) == 3
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import abstention, workers
-from worldmodel.commands.collect import Level, Task
+from worldmodel.commands.collect import Level, Task, as_data
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
     "planner": (40, 3, 8, 2, 0.6, 1.0),
@@ -70,6 +70,8 @@ class Config:
     """also tell the proprioception of the goals"""
     video: int = 0
     """how many episodes to show as animated WebP beside the results"""
+    record: bool = False
+    """also keep the episodes as a dataset in OUT/data, to train on what a planner sees and does"""
     workers: int = 1
     """number of processes; changes no result, but where the clock counts: --realtime"""
     threads: int = 1
@@ -164,6 +166,8 @@ class Config:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
             raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
+        if self.record and self.trajectory:
+            raise ValueError("--record keeps episodes, and --trajectory plays none; leave one out")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
             raise ValueError(f"--device {self.device} is for the planner; {self.policy} runs on the processor, and so does --trajectory")
         able = FOREIGN + (("expert",) if self.env.ready else ())
@@ -196,6 +200,9 @@ def run(config: Config) -> dict:
         player.close()
         episodes = [log.episodes[seed] for seed in seeds]
         result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
+        if config.record:
+            paths = [data.episode_path(folder / "data", index) for index in range(config.episodes)]
+            data.write_recipe(folder / "data", "worldmodel bench --record", _identity(config), config.episodes, [*map(data.checksum, paths)])
         with data.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())
         if config.gate != "off":
@@ -433,10 +440,13 @@ def player_of(config: Config):
 
 
 def _play(config: Config, player, seed: int) -> dict:
-    """Play one episode, and film it where it is one of the first."""
+    """Play one episode, film it where it is one of the first, and keep it where that is asked for."""
     from worldmodel.commands.film import write_film
 
-    episode, film = player.play(seed)
+    episode, film, played = player.play(seed)
+    if config.record:
+        (config.out / "data").mkdir(exist_ok=True)
+        data.write_episode(data.episode_path(config.out / "data", seed - config.seed), as_data(played, episode["task"], episode["object"], config.policy))
     if seed - config.seed < config.video:
         write_film(config.out / f"episode-{seed}.webp", film)
     return episode

@@ -51,8 +51,8 @@ class Config(bench.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime:
-            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory and --realtime")
+        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime or self.record:
+            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime and --record")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
         if not (0 < self.risk < 1 and 0 < self.alarm < 1):
@@ -148,7 +148,7 @@ def _decisions(config: bench.Config, density: Density, seed: int) -> list[dict]:
 
     player, steps = bench.player_of(config), []
     player.agent.gate = player.gate_of(Limits(), density)
-    entry, _ = player.play(seed, steps)
+    entry, *_ = player.play(seed, steps)
     bad = {event["step"] - 1 for event in entry["unsafe"]}
     known = [(t, step["verdict"].signals) for t, step in enumerate(steps) if step["verdict"].signals]
     return [{**s, "novelty": max(s["novelty"], s["goal_novelty"]), "unsafe": t in bad} for t, s in known]

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +24,9 @@ from tqdm import tqdm
 from envs.foreign import Foreign
 from worldmodel import data
 from worldmodel.commands import workers
+
+if TYPE_CHECKING:
+    from envs.run import Record
 
 OBJECTS = {"box": ("box",), "cup": ("cup",), "can": ("can",), "both": ("box", "cup")}
 Task = Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-fragile"]
@@ -220,14 +223,7 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     if config.env.id:
         env = _foreign(config)
         policy = player(config.policy, env, np.random.default_rng((seed, 1)))
-        episode = run.rollout(env, lambda obs, info: policy(info), seed)
-        privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
-        return {
-            **episode.obs, "actions": episode.actions, "seed": np.int64(seed), "task": config.env.id, "object": "",
-            **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
-            "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]), "policy": config.policy,
-            "success": episode.success,
-        }  # fmt: skip
+        return as_data(run.rollout(env, lambda obs, info: policy(info), seed), config.env.id, "", config.policy)
     env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
     policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
     episode = run.rollout(env, lambda obs, info: policy(info), seed)
@@ -246,6 +242,17 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
         "policy": config.policy,
         "success": episode.success,
     }
+
+
+def as_data(episode: Record, task: str, object: str, policy: str) -> dict[str, np.ndarray]:
+    """An episode that was drawn as it was played, as data.write_episode takes it."""
+    privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
+    return {
+        **episode.obs, "actions": episode.actions, "seed": np.int64(episode.seed), "task": task, "object": object,
+        **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
+        "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]), "policy": policy,
+        "success": episode.success,
+    }  # fmt: skip
 
 
 @functools.lru_cache

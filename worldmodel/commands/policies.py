@@ -37,7 +37,7 @@ from worldmodel.hub import load_encoder
 from worldmodel.interface import Features, WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
-NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory")  # what
+NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record")  # what
 # a calibration does not depend on
 PERIOD = 0.2  # s, of the environment's steps
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
@@ -59,12 +59,12 @@ class Player:
         if self.agent is not None:
             self.agent.reset(goals(self.config)(info), seed)
 
-    def play(self, seed: int, steps: list[dict[str, Any]] | None = None) -> tuple[dict[str, Any], Film]:
-        """Play the episode of a seed: what results.json says of it, and its film. What was decided is added to `steps`."""
+    def play(self, seed: int, steps: list[dict[str, Any]] | None = None) -> tuple[dict[str, Any], Film, run.Record]:
+        """Play the episode of a seed: what results.json says of it, its film, and itself. What was decided is added to `steps`."""
         steps = [] if steps is None else steps
         act = self._scripted(seed, steps) if self.agent is None else self._planned(seed, steps)
         record = run.rollout(self.env, act, seed)
-        return _entry(self.config, record, steps), _film(self.config, record, steps)
+        return _entry(self.config, record, steps), _film(self.config, record, steps), record
 
     def close(self) -> None:
         """Free what the environments hold."""
