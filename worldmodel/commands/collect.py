@@ -13,6 +13,7 @@ import logging
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,32 +228,27 @@ def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
     policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
     episode = run.rollout(env, lambda obs, info: policy(info), seed)
+    qpos = episode.obs["qpos"]
+    drawn = dataclasses.replace(episode, obs={"pixels": env.scene.film(qpos), "proprio": episode.obs["proprio"]})
+    shown = {"privileged/object_pixels": env.scene.object_pixels(qpos)} if config.visibility else {}
+    return as_data(drawn, config.task, env.config.object, config.policy, shown)
+
+
+def as_data(episode: Record, task: str, object: str, policy: str, shown: Mapping[str, np.ndarray] = {}) -> dict[str, np.ndarray]:
+    """An episode with its pictures, and labels `shown` of these, as data.write_episode takes it."""
     privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
-    shown = {"privileged/object_pixels": env.scene.object_pixels(episode.obs["qpos"])} if config.visibility else {}
     return {
-        "pixels": env.scene.film(episode.obs["qpos"]),
-        "proprio": episode.obs["proprio"],
+        **episode.obs,
         "actions": episode.actions,
         **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
         **shown,
         "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]),  # events in the step before
-        "seed": np.int64(seed),
-        "task": config.task,
-        "object": env.config.object,
-        "policy": config.policy,
+        "seed": np.int64(episode.seed),
+        "task": task,
+        "object": object,
+        "policy": policy,
         "success": episode.success,
     }
-
-
-def as_data(episode: Record, task: str, object: str, policy: str) -> dict[str, np.ndarray]:
-    """An episode that was drawn as it was played, as data.write_episode takes it."""
-    privileged = [key for key in episode.infos[0] if key.startswith("privileged/")]
-    return {
-        **episode.obs, "actions": episode.actions, "seed": np.int64(episode.seed), "task": task, "object": object,
-        **{key: np.array([info[key] for info in episode.infos]) for key in privileged},
-        "privileged/unsafe": np.array([len(info["unsafe"]) for info in episode.infos]), "policy": policy,
-        "success": episode.success,
-    }  # fmt: skip
 
 
 @functools.lru_cache
