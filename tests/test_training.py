@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from worldmodel import training
 from worldmodel.checkpoint import load_tensors, save_tensors
-from worldmodel.data import Dataset, Frames, checksum, episode_path, write_episode, write_recipe
+from worldmodel.data import Dataset, Frames, checksum, episode_path, read_episode, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
@@ -212,6 +213,40 @@ def test_features_are_cached_once(data, tmp_path):
     stamp = next(tmp_path.glob("features-*")).stat().st_mtime_ns
     cached_features(encoder, data, tmp_path)
     assert [p.stat().st_mtime_ns for p in tmp_path.glob("features-*")] == [stamp]
+
+
+def test_features_are_of_the_encoders_views_in_data_of_more_cameras_and_of_one(data, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    for i in range(2):
+        episode = read_episode(episode_path(tmp_path / "data", i))
+        write_episode(episode_path(both, i), episode | {"pixels": np.concatenate((episode["pixels"], 255 - episode["pixels"]), 2)})
+    write_recipe(both, "test", {}, 2, [checksum(episode_path(both, i)) for i in range(2)])
+    torch.manual_seed(0)
+    encoder = VideoEncoder(TINY)
+    mixed = cached_features(encoder, Dataset.open([tmp_path / "data", both]), tmp_path)
+    alone = cached_features(encoder, data, tmp_path)
+    assert np.array_equal(mixed[: data.frames], alone)
+    assert np.allclose(mixed[data.frames :], alone[:18], atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_recorded_step_is_the_same_step(monkeypatch):
+    def trained(before: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(training, "SEEN_BEFORE", before)
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2).cuda()
+        optimizer = training.optimizer_for(layer, 0.1)
+        advance = training.Stepper(lambda x, y: {"loss": (layer(x).float() - y).square().mean()}, layer, optimizer, 1.0)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(12):
+            set_rate(optimizer, 0.01, step, 12)
+            size = (4, 8)[step % 2]
+            losses = advance(torch.randn(size, 3, generator=generator).cuda(), torch.randn(size, 2, generator=generator).cuda())
+        return [*layer.parameters(), losses["loss"], losses["norm"]]
+
+    for recorded, plain in zip(trained(2), trained(100), strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_an_encoder_of_other_sizes_is_refused(tmp_path):

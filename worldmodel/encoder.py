@@ -209,8 +209,15 @@ def scaled(patches: Tensor) -> Tensor:
 
 def normalised(patches: Tensor, config: EncoderConfig) -> Tensor:
     """Patches uint8 [..., 3 * n] as float32 (x / 255 - mean) / std of their colours, the only normalisation there is."""
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=patches.device)[:, None] for v in (config.mean, config.std))
-    return patches.float().unflatten(-1, (3, -1)).mul_(1 / (255 * std)).sub_(mean / std).flatten(-2)
+    factor, shift = _scaling(config.mean, config.std, patches.device)
+    return patches.float().unflatten(-1, (3, -1)).mul_(factor).sub_(shift).flatten(-2)
+
+
+@functools.lru_cache(64)  # a copy to a GPU for every picture would hold it up, and cannot be recorded
+def _scaling(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What pixels are multiplied by and what is taken off then: each [3, 1]."""
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
+    return (1 / (255 * std)).to(device), (mean / std).to(device)
 
 
 def fitted(pixels: Tensor, config: EncoderConfig) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from worldmodel.data import Frames
 from worldmodel.encoder import autocast
 from worldmodel.interface import Features
-from worldmodel.training import set_rate
+from worldmodel.training import gather, set_rate
 
 LABEL = "privileged/unsafe"  # of a dataset: how many unsafe events there were in the step before a frame
 
@@ -27,7 +27,7 @@ LABEL = "privileged/unsafe"  # of a dataset: how many unsafe events there were i
 class Outcomes(NamedTuple):
     """All frames of a dataset as what follows the steps before them, seen or imagined."""
 
-    patches: np.ndarray  # float16 [F, P, D]
+    patches: np.ndarray | Tensor  # float16 [F, P, D]; a tensor is on the device where heads are trained
     proprio: np.ndarray  # float32 [F, S]
 
 
@@ -59,7 +59,10 @@ class Hazard(nn.Module):
 def fit_hazard(
     sources: Sequence[Outcomes], frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 256, rate: float = 1e-3, seed: int = 0
 ) -> Hazard:
-    """A head trained on all steps of frames, with outcomes of each source by turns; unsafe [F] events in the step before a frame."""
+    """A head trained on all steps of frames, with outcomes of each source by turns; unsafe [F] events in the step before a frame.
+
+    It is on the device of the outcomes' patches.
+    """
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])  # all frames but the first of each episode
     targets = torch.from_numpy((unsafe[after] > 0).astype(np.float32))
     with torch.random.fork_rng():
@@ -67,16 +70,18 @@ def fit_hazard(
         head = Hazard(*sources[0].patches.shape[:0:-1], frames.proprio.shape[1], frames.actions.shape[1])
     head.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
     head.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+    device = _device_of(sources[0])
+    head, targets = head.to(device), targets.to(device)
     steps = max(10, epochs * len(after) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05, fused=True)
     rng = np.random.default_rng(seed)
     for step in tqdm(range(steps), desc="hazard", unit="step", delay=2):
         set_rate(optimizer, rate, step, steps)
         pick = np.sort(rng.integers(len(after), size=batch))
-        with autocast("cpu"):
+        with autocast(device):
             logits = head.log_odds(*_after(sources[step % len(sources)], frames, after[pick]))
         optimizer.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(logits, targets[pick]).backward()
+        F.binary_cross_entropy_with_logits(logits, gather(targets, pick)).backward()
         optimizer.step()
     return head.requires_grad_(False).eval()
 
@@ -85,14 +90,18 @@ def judge_hazard(head: Hazard, outcomes: Outcomes, frames: Frames, unsafe: np.nd
     """How well the head ranks and how honest it is on other steps: area under the ROC curve, expected calibration error."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])
     parts = np.array_split(after, max(1, len(after) // 512))
-    told = np.concatenate([head.log_odds(*_after(outcomes, frames, part)).sigmoid().numpy() for part in parts])
+    told = np.concatenate([head.log_odds(*_after(outcomes, frames, part)).sigmoid().numpy(force=True) for part in parts])
     return {"hazard_auroc": auroc(told, unsafe[after] > 0), "hazard_ece": calibration_error(told, unsafe[after] > 0),
             "hazard_rate": float((unsafe[after] > 0).mean())}  # fmt: skip
 
 
 def _after(outcomes: Outcomes, frames: Frames, index: np.ndarray) -> tuple[Features, Tensor]:
-    after = (torch.from_numpy(x[index].astype(np.float32)) for x in outcomes)
-    return Features(*after), torch.from_numpy(frames.actions[index - 1])
+    device = _device_of(outcomes)
+    return Features(*(gather(x, index, device) for x in outcomes)), gather(frames.actions, index - 1, device)
+
+
+def _device_of(outcomes: Outcomes) -> torch.device:
+    return outcomes.patches.device if isinstance(outcomes.patches, Tensor) else torch.device("cpu")
 
 
 def auroc(scores: np.ndarray, events: np.ndarray) -> float:

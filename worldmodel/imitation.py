@@ -19,8 +19,8 @@ from worldmodel.data import Dataset, Frames
 from worldmodel.interface import Encoder, Features, Obs, to_tensor
 from worldmodel.peers import build
 from worldmodel.probe import AttentiveProbe
-from worldmodel.train import cached_features, identify
-from worldmodel.training import Run, optimizer_for, set_rate
+from worldmodel.train import features_of, identify
+from worldmodel.training import Run, Stepper, gather, optimizer_for, set_rate
 
 GRIPPER = torch.tensor([-1.0, 0.0, 1.0])  # close, hold, open: a choice, as the planner's
 
@@ -58,6 +58,7 @@ class GoalPolicy(nn.Module):
         )  # fmt: skip
         self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
+        self.register_buffer("gripper", GRIPPER, persistent=False)
 
     @property
     def action_dim(self) -> int:
@@ -73,7 +74,7 @@ class GoalPolicy(nn.Module):
     def loss(self, now: Features, goal: Tensor, actions: Tensor) -> Tensor:
         """L1 of the motion plus cross-entropy of the gripper's choice, for actions [B, A]."""
         motion, logits = self(now, goal)
-        choice = (actions[:, -1:] - GRIPPER).abs().argmin(1)
+        choice = (actions[:, -1:] - self.gripper).abs().argmin(1)
         return (motion - actions[:, :-1]).abs().mean() + F.cross_entropy(logits, choice)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class GoalPolicy(nn.Module):
         """An action [A] towards a goal's patches [P, D]; the gripper's choice is drawn."""
         motion, logits = self(Features(*(x[None] for x in now)), goal[None])
         drawn = torch.multinomial(logits[0].softmax(0), 1, generator=generator)
-        return torch.cat((motion[0], GRIPPER[drawn])).clamp(-1, 1)
+        return torch.cat((motion[0], self.gripper[drawn])).clamp(-1, 1)
 
     def save(self, path: Path, about: dict) -> None:
         """Write encoder and policy as one safetensors file."""
@@ -115,47 +116,47 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) 
 
 def imitate(
     config: ImitationConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False,
+    resume: bool = False, device: str = "cpu",
 ) -> Path | None:  # fmt: skip
     """Train a policy and write `out/policy.safetensors`; None when `minutes` ended first (resume to go on)."""
     train, held = data.split(0.03)
     frames, kept = (part.load(keys=("proprio", "actions")) for part in (train, held))
-    features, kept_features = cached_features(encoder, train, cache), cached_features(encoder, held, cache)
+    features, kept_features = features_of(encoder, (train, held), cache, device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         policy = GoalPolicy(encoder, frames.proprio.shape[1], frames.actions.shape[1], config.width)
-    some = torch.from_numpy(features[:: max(1, len(features) // 2000)].astype(np.float32)).flatten(0, 1)
+    some = gather(features, slice(None, None, max(1, len(features) // 2000)), "cpu").flatten(0, 1)
     policy.look.centre.copy_(some.mean(0))
     policy.look.scale.copy_(some.std(0).clamp_min(1e-3))
     policy.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
     policy.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+    policy.to(device)
 
-    def loss(frames: Frames, features: np.ndarray, batch: int, rng: np.random.Generator) -> Tensor:
+    def drawn(frames: Frames, features: np.ndarray | Tensor, batch: int, rng: np.random.Generator) -> list[Tensor]:
         now, goal = hindsight(frames, batch, config.reach, rng)
-        patches = [torch.from_numpy(features[index].astype(np.float32)) for index in (now, goal)]
-        proprio, actions = (torch.from_numpy(values[now]) for values in (frames.proprio, frames.actions))
-        return policy.loss(Features(patches[0], proprio), patches[1], actions)
+        pairs = (features, now), (frames.proprio, now), (features, goal), (frames.actions, now)
+        return [gather(*pair, device) for pair in pairs]
+
+    def loss(patches: Tensor, proprio: Tensor, goal: Tensor, actions: Tensor) -> dict[str, Tensor]:
+        return {"loss": policy.loss(Features(patches, proprio), goal, actions)}
 
     @torch.no_grad()
     def held_out() -> float:
-        return float(loss(kept, kept_features, 1024, np.random.default_rng(config.seed)))
+        return float(loss(*drawn(kept, kept_features, 1024, np.random.default_rng(config.seed)))["loss"])
 
     optimizer = optimizer_for(policy, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "imitation", recipe, policy, optimizer, config.steps, minutes, resume)
+    advance = Stepper(loss, policy, optimizer, 1.0)
     for step in run:
-        error = loss(frames, features, config.batch, np.random.default_rng([config.seed, step]))
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        optimizer.zero_grad(set_to_none=True)
-        error.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        losses = advance(*drawn(frames, features, config.batch, np.random.default_rng([config.seed, step])))
         if step % 20 == 0:
-            run.log(rate=rate, loss=float(error.detach()))
+            run.log(rate=rate, loss=float(losses["loss"]))
         if step % 500 == 499:
             run.log(held_out=held_out())
     if not run.done:
         return None
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": held_out()}
-    policy.save(out / "policy.safetensors", about)
+    policy.cpu().save(out / "policy.safetensors", about)
     return out / "policy.safetensors"

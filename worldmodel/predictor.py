@@ -181,7 +181,7 @@ def causal(before: int, steps: int, tokens: int, window: int, device: torch.devi
     row = torch.arange(before, before + steps, device=device)[:, None]
     column = torch.arange(before + steps, device=device)[None]
     seen = (column <= row) & (column > row - window)
-    return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    return seen[:, None, :, None].expand(-1, tokens, -1, tokens).flatten(2).flatten(0, 1)
 
 
 def merged(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import fill, load_tensors
 from worldmodel.data import Dataset
-from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, autocast, initialise, patchify, positions, rotation, scaled, sinusoids, take
+from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, initialise, patchify, positions, rotation, scaled, sinusoids, take
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
-from worldmodel.training import MODULE, Run, effective_rank, optimizer_for, set_rate
+from worldmodel.training import MODULE, Run, Stepper, effective_rank, optimizer_for, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
@@ -308,6 +308,7 @@ def pretrain(
     model.to(device)
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, KIND, _plain(config, data), model, optimizer, config.steps, minutes, resume)
+    advance = Stepper(lambda clips, *index: model.loss(clips, Masks(*index)), model, optimizer, 3.0)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         single = config.frames == 1 or rng.random() < config.image_share
@@ -316,19 +317,14 @@ def pretrain(
         kinds = config.image_masks if single else config.masks
         kind = KINDS[kinds[rng.integers(len(kinds))]]
         tubes = max(1, length // config.encoder.tubelet_size)
-        masks = Masks(*(index.to(device) for index in draw(kind, len(clips), tubes, config.encoder.grid, rng)))
+        masks = (index.to(device) for index in draw(kind, len(clips), tubes, config.encoder.grid, rng))
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        with autocast(device):
-            losses = model.loss(clips, masks)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        optimizer.step()
+        losses = advance(clips, *masks)
         first, last = config.ema
         model.follow(first + (last - first) * step / config.steps)
         if step % 20 == 0:
             mode = "image" if single else "video"
-            run.log(rate=rate, norm=float(norm), **{f"{mode}/{k}": float(v.detach()) for k, v in losses.items()})
+            run.log(rate=rate, **{f"{mode}/{k}": float(v) for k, v in losses.items()})
         if step % 500 == 0:
             signs = health(model.result(), held)
             run.log(**signs)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from worldmodel.encoder import EncoderConfig, patchify, scaled
 from worldmodel.interface import Encoder
+from worldmodel.training import gather
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class AttentiveProbe(nn.Module):
 def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> AttentiveProbe:
     """An attentive probe trained on features float16 [M, P, D] and targets [M, out]; weight [M, out] masks targets.
 
-    The loss is L1: the few frames where a thing is hidden would rule a squared one, and hold up the others for long.
+    The loss is L1: the few frames where a thing is hidden would rule a squared one, and hold up the others for long. The probe
+    is on the device of a tensor of features.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         probe = AttentiveProbe(features.shape[1], features.shape[2], targets.shape[1])
-    some = _loaded(features[:: max(1, len(features) // 2000)]).flatten(0, 1)
+    some = gather(features, slice(None, None, max(1, len(features) // 2000))).flatten(0, 1)
+    probe, targets, weight = (x.to(some.device) for x in (probe, targets, weight))
     probe.centre.copy_(some.mean(0))
     probe.scale.copy_(some.std(0).clamp_min(1e-3))
     probe.mean.copy_(targets.mean(0))
@@ -94,18 +97,13 @@ def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: 
     rng = np.random.default_rng(seed)
     for _ in tqdm(range(steps), desc="attentive probe", unit="step", delay=2):
         index = rng.integers(len(features), size=batch)
-        guess = probe(_loaded(features[index]))
-        error = ((guess - targets[index]) / probe.std).abs()
+        guess = probe(gather(features, index))
+        error = ((guess - gather(targets, index)) / probe.std).abs()
         optimizer.zero_grad(set_to_none=True)
-        (error * weight[index]).mean().backward()
+        (error * gather(weight, index)).mean().backward()
         optimizer.step()
         schedule.step()
     return probe.requires_grad_(False).eval()
-
-
-def _loaded(features: Tensor | np.ndarray) -> Tensor:
-    """float32 in memory, of a tensor or a memory-mapped array."""
-    return features.float() if isinstance(features, Tensor) else torch.from_numpy(features.astype(np.float32))
 
 
 def attentive(train: Tensor, targets: Tensor, test: Tensor, weight: Tensor, epochs: int, seed: int = 0) -> np.ndarray:

@@ -19,8 +19,8 @@ from worldmodel.guide import Way
 from worldmodel.interface import Encoder, Features
 from worldmodel.probe import fit
 from worldmodel.proposer import Proposer, ProposerConfig
-from worldmodel.train import cached_features, identify
-from worldmodel.training import Run, optimizer_for, seeded, set_rate
+from worldmodel.train import features_of, identify
+from worldmodel.training import Run, gather, optimizer_for, seeded, set_rate
 
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
 RESTS = 5e-3  # m per step, change of its opening below which it is at rest
@@ -94,31 +94,34 @@ def lesson(rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 
 
 def propose_losses(
-    proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+    proposer: Proposer, features: np.ndarray | Tensor, proprio: np.ndarray, rows: np.ndarray, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     """Losses of keyframes filled in for rows [B, 4] of `lessons`; features [F, P, D] and proprio [F, S] of all frames."""
     now, between, goal = lesson(rows, rng)
-    load = lambda index: torch.from_numpy(features[index].astype(np.float32))  # noqa: E731
-    own = torch.from_numpy(proprio)
-    wrong = (proposer(Features(load(now), own[now]), load(goal), own[between]) - load(between)).abs().mean((0, 2, 3))
+    device = proposer.place.device
+    load, own = (lambda index, x=x: gather(x, index, device) for x in (features, proprio))
+    wrong = (proposer(Features(load(now), own(now)), load(goal), own(between)) - load(between)).abs().mean((0, 2, 3))
     return {"loss": wrong.mean(), "patches_closed": wrong[0], "patches_opens": wrong[1]}
 
 
-def fit_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray, config: ProposalConfig) -> None:
+def fit_hands(
+    proposer: Proposer, features: np.ndarray | Tensor, proprio: np.ndarray, rows: np.ndarray, config: ProposalConfig
+) -> None:
     """Teach it to read off a frame up to the grasp where the hand will close, and off a goal where it opened."""
     rng = np.random.default_rng(config.seed)
     now, between, goal = lesson(rows.repeat(config.draws, 0), rng)
     for k, index in enumerate((now, goal)):
         told = torch.from_numpy(proprio[between[:, k]])
-        proposer.hands[k] = fit(features[index], told, torch.ones_like(told), config.epochs, config.seed + k)
+        seen = features[torch.from_numpy(index).to(features.device) if isinstance(features, Tensor) else index]
+        proposer.hands[k] = fit(seen, told, torch.ones_like(told), config.epochs, config.seed + k).to(proposer.place.device)
 
 
 @torch.no_grad()
-def judge_hands(proposer: Proposer, features: np.ndarray, proprio: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+def judge_hands(proposer: Proposer, features: np.ndarray | Tensor, proprio: np.ndarray, rows: np.ndarray) -> dict[str, float]:
     """`place_closed` and `place_opens`: medians of how far the hands that it reads are off (m)."""
     now, between, goal = lesson(rows, np.random.default_rng(0))
-    patches = [torch.from_numpy(features[index].astype(np.float32)) for index in (now, goal)]
-    wrong = proposer.hands_of(*patches) - torch.from_numpy(proprio[between])
+    patches = [gather(features, index, proposer.place.device) for index in (now, goal)]
+    wrong = proposer.hands_of(*patches).cpu() - torch.from_numpy(proprio[between])
     off = wrong[:, :, :3].norm(dim=-1).median(0)[0]
     return {"place_closed": float(off[0]), "place_opens": float(off[1])}
 
@@ -178,7 +181,7 @@ def judge_way(way: Way, frames: Frames) -> float:
 
 def fit_proposals(
     config: ProposalConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False, way_data: Dataset | None = None,
+    resume: bool = False, way_data: Dataset | None = None, device: str = "cpu",
 ) -> tuple[Proposer, Way, dict] | None:  # fmt: skip
     """Train both in the folder `out`; None when `minutes` ended first (resume to go on). Also what they score, held out.
 
@@ -187,7 +190,7 @@ def fit_proposals(
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
     rows, others = lessons(frames), lessons(held)  # before what takes minutes: there may be none
-    features, kept = (cached_features(encoder, part, cache) for part in parts)
+    features, kept = features_of(encoder, parts, cache, device)
     sizes = ProposerConfig(
         encoder.config.embed_dim, encoder.config.grid, frames.proprio.shape[1], config.merge, config.embed_dim, config.depth,
         config.num_heads,
@@ -197,6 +200,7 @@ def fit_proposals(
         proposer = Proposer(sizes)
     proposer.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
     proposer.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+    proposer.to(device)
 
     @torch.no_grad()
     def scores() -> dict[str, float]:
@@ -210,7 +214,7 @@ def fit_proposals(
         rng = np.random.default_rng([config.seed, step])
         rate = set_rate(optimizer, config.rate, step, config.steps)
         some = rows[rng.integers(len(rows), size=config.batch)]
-        with autocast("cpu"):
+        with autocast(device):
             losses = propose_losses(proposer, features, frames.proprio, some, rng)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -230,4 +234,4 @@ def fit_proposals(
         about["way_data"] = way_data.fingerprint
     way = fit_way(frames, config)
     about["held_out/way"] = judge_way(way, held)
-    return proposer.requires_grad_(False).eval(), way, about
+    return proposer.cpu().requires_grad_(False).eval(), way, about

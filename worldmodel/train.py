@@ -11,16 +11,18 @@ import hashlib
 import itertools
 import os
 import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from worldmodel.data import Dataset, Frames, keys_of
+from worldmodel.data import Dataset, Frames, keys_of, read_episode
 from worldmodel.encoder import autocast
 from worldmodel.guide import fit_guide
 from worldmodel.hazard import LABEL, Outcomes, fit_hazard, judge_hazard
@@ -29,9 +31,11 @@ from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import fit
-from worldmodel.training import Run, optimizer_for, seeded, set_rate
+from worldmodel.training import Run, Stepper, gather, optimizer_for, seeded, set_rate
 
-IMAGINED_AT_ONCE = 32  # frames, when all outcomes are imagined; bounds memory
+IMAGINED_AT_ONCE = 32  # frames of an episode, when all outcomes are imagined; bounds memory
+EPISODES_AT_ONCE = 128  # of the same length, on a GPU
+ENCODED_AT_ONCE = {"cpu": 2, "cuda": 32}  # episodes
 READER_EPOCHS = 6  # passes of the proprioception reader over the frames
 
 
@@ -80,12 +84,16 @@ def identify(encoder: Encoder) -> str:
     """Hash of an encoder's config and weights."""
     digest = hashlib.sha256(repr(encoder.config).encode())
     for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + value.reshape(-1).view(torch.uint8).numpy(force=True).tobytes())
     return digest.hexdigest()[:16]
 
 
-def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 64) -> np.ndarray:
-    """Features float16 [F, P, D] of all frames, memory-mapped from `folder`, where the first call puts them."""
+def cached_features(encoder: Encoder, data: Dataset, folder: Path) -> np.ndarray:
+    """Features float16 [F, P, D] of all frames, memory-mapped from `folder`, where the first call puts them.
+
+    Of the views that the encoder sees; episodes may have more, and not all the same.
+    """
+    batch = ENCODED_AT_ONCE[next(encoder.parameters()).device.type]
     path = folder / f"features-{identify(encoder)}-{data.fingerprint}.npy"
     shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)
     if not path.exists():
@@ -93,9 +101,12 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 
         part = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-            pixels = encoder.config.own(data.load(keys=("pixels",)).pixels)
-            for i in tqdm(range(0, len(pixels), batch), desc="encode", unit="batch"):
-                out[i : i + batch] = encoder.encode(torch.from_numpy(pixels[i : i + batch])).half().numpy(force=True)
+            done = 0
+            for i in tqdm(range(0, len(data.episodes), batch), desc="encode", unit="batch"):
+                pictures = (read_episode(episode.path, ("pixels",))["pixels"] for episode in data.episodes[i : i + batch])
+                pixels = torch.from_numpy(np.concatenate([encoder.config.own(clip) for clip in pictures]))
+                out[done : done + len(pixels)] = encoder.encode(pixels, len(pixels)).half().numpy(force=True)
+                done += len(pixels)
             out.flush()
             del out
             part.replace(path)
@@ -104,8 +115,21 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path, batch: int = 
     return np.load(path, mmap_mode="r")
 
 
+def features_of(encoder: Encoder, parts: Sequence[Dataset], folder: Path, device: str) -> list[np.ndarray] | list[Tensor]:
+    """The `cached_features` of parts of a dataset, where training reads them: on a GPU, if there is room for three times as much."""
+    files = [cached_features(encoder.to(device), part, folder) for part in parts]
+    encoder.cpu()
+    if device == "cpu" or 3 * sum(file.nbytes for file in files) > torch.cuda.mem_get_info()[0]:
+        return files
+    there = [torch.empty(file.shape, dtype=torch.float16, device=device) for file in files]
+    for tensor, file in zip(there, files):
+        for i in range(0, len(file), 4096):
+            tensor[i : i + 4096] = torch.from_numpy(file[i : i + 4096].copy())
+    return there
+
+
 def prediction_losses(
-    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig, price: float = 1.0
+    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig, price: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
     """Losses on clips: patches [B, T + 1, P, D], proprio [B, T + 1, S], actions [B, T, A], noise [B, T, Z].
 
@@ -149,15 +173,16 @@ def price_of(step: int, config: TrainConfig) -> float:
     return min(1.0, max(0.0, (step - free) / free)) if free else 1.0
 
 
-def _clip(features: np.ndarray, frames: Frames, index: np.ndarray, device: torch.device) -> tuple[Features, Tensor]:
+def _clip(
+    features: np.ndarray | Tensor, frames: Frames, index: np.ndarray, device: torch.device | str
+) -> tuple[Features, Tensor]:
     """The clips at frames index [B, T + 1] and the actions [B, T, A] inside."""
-    arrays = features[index].astype(np.float32), frames.proprio[index], frames.actions[index[:, :-1]]
-    patches, proprio, actions = (torch.from_numpy(array).to(device) for array in arrays)
-    return Features(patches, proprio), actions
+    own = gather(frames.proprio, index, device), gather(frames.actions, index[:, :-1], device)
+    return Features(gather(features, index, device), own[0]), own[1]
 
 
 @torch.no_grad()
-def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: np.ndarray, horizon: int) -> dict[str, float]:
+def evaluate(predictor: Predictor, features: np.ndarray | Tensor, frames: Frames, clips: np.ndarray, horizon: int) -> dict[str, float]:
     """Open-loop L1 per horizon against copying the first frame, with z at the prior's mean; clips [M, horizon + 1]."""
     error, copy = np.zeros(horizon), np.zeros(horizon)
     for part in np.array_split(clips, max(1, len(clips) // 32)):
@@ -176,23 +201,32 @@ def evaluate(predictor: Predictor, features: np.ndarray, frames: Frames, clips: 
 
 @torch.no_grad()
 def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path: Path, seed: int) -> Outcomes:
-    """Every frame as imagined from those before it, under one sampled z; the first of an episode as it is. Kept in a file."""
-    past = predictor.config.window - 1
-    patches = np.memmap(path, np.float16, "w+", shape=seen.patches.shape)
+    """Every frame as imagined from those before it, under one sampled z; the first of an episode as it is.
+
+    Kept in a file, or where the seen ones are, on a GPU.
+    """
+    device, on_gpu = predictor.norm.weight.device, isinstance(seen.patches, Tensor)
+    patches = torch.empty_like(seen.patches) if on_gpu else np.memmap(path, np.float16, "w+", shape=seen.patches.shape)
     proprio = frames.proprio.copy()
-    generator = torch.Generator().manual_seed(seed)
-    for begin, end in tqdm(list(itertools.pairwise(frames.offsets)), desc="imagine", unit="episode", delay=2):
+    pieces = defaultdict(list)  # by length and how many frames of it are only past: frames to begin at
+    for begin, end in itertools.pairwise(frames.offsets):
         patches[begin] = seen.patches[begin]
         for first in range(begin, end - 1, IMAGINED_AT_ONCE):
-            start, stop = max(begin, first - past), min(first + IMAGINED_AT_ONCE, end - 1)  # frames to imagine from
-            clip, actions = _clip(seen.patches, frames, np.arange(start, stop + 1)[None], predictor.norm.weight.device)
-            now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
-            noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
-            with autocast(actions.device):
-                after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
-            own = slice(first - start, None)  # those before serve as past
-            patches[first + 1 : stop + 1] = after.patches[0, own].numpy(force=True)
-            proprio[first + 1 : stop + 1] = after.proprio[0, own].numpy(force=True)
+            start, stop = max(begin, first - predictor.config.window + 1), min(first + IMAGINED_AT_ONCE, end - 1)
+            pieces[stop - start, first - start].append(start)
+    batch = EPISODES_AT_ONCE if on_gpu else 1
+    parts = [(n, past, np.array(starts[i : i + batch])) for (n, past), starts in pieces.items() for i in range(0, len(starts), batch)]
+    generator = torch.Generator().manual_seed(seed)
+    for length, past, starts in tqdm(parts, desc="imagine", delay=2):
+        index = starts[:, None] + np.arange(length + 1)
+        clip, actions = _clip(seen.patches, frames, index, device)
+        now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
+        noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
+        with autocast(device):
+            after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
+        told, own = after.patches[:, past:].half(), index[:, past + 1 :]
+        patches[torch.from_numpy(own).to(device) if on_gpu else own] = told if on_gpu else told.numpy(force=True)
+        proprio[own] = after.proprio[:, past:].numpy(force=True)
     return Outcomes(patches, proprio)
 
 
@@ -222,7 +256,7 @@ def train(
     """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""
     parts = {name: part for name, part in zip(("train", "held"), data.split(0.03))}
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
-    features = {name: cached_features(encoder, part, cache) for name, part in parts.items()}
+    features = dict(zip(parts, features_of(encoder, list(parts.values()), cache, device)))
     first = frames["train"]
     sizes = PredictorConfig(
         feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=first.proprio.shape[1],
@@ -241,29 +275,30 @@ def train(
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
     clips = frames["held"].clip_index(256, 7, 1, np.random.default_rng(config.seed))
+
+    def loss(patches: Tensor, proprio: Tensor, *others: Tensor) -> dict[str, Tensor]:
+        actions, noise, by_prior, price = others
+        return prediction_losses(predictor, Features(patches, proprio), actions, noise, by_prior, config, price)
+
+    advance = Stepper(loss, predictor, optimizer, 1.0)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng), device)
         noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step)).to(device)
         by_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        with autocast(device):
-            losses = prediction_losses(predictor, clip, actions, noise, by_prior, config, price_of(step, config))
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
-        optimizer.step()
+        losses = advance(*clip, actions, noise, by_prior, torch.tensor(price_of(step, config)).to(device))
         if step % 20 == 0:
-            run.log(rate=rate, norm=float(norm), **{k: float(v.detach()) for k, v in losses.items()})
+            run.log(rate=rate, **{k: float(v) for k, v in losses.items()})
         if step % 500 == 499:
             run.log(**evaluate(predictor, features["held"], frames["held"], clips, 6))
     if not run.done:
         return None
     scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
     targets = torch.from_numpy(first.proprio)
-    reader = fit(features["train"], targets, torch.ones_like(targets), READER_EPOCHS, config.seed)
+    reader = fit(features["train"], targets, torch.ones_like(targets), READER_EPOCHS, config.seed).cpu()
     seen = slice(None, None, max(1, len(frames["held"]) // 2000))
-    wrong = reader(torch.from_numpy(features["held"][seen].astype(np.float32))) - torch.from_numpy(frames["held"].proprio[seen])
+    wrong = reader(gather(features["held"], seen, "cpu")) - gather(frames["held"].proprio, seen)
     scores |= {f"reader_rmse/{i}": float(wrong[:, i].square().mean().sqrt()) for i in range(wrong.shape[1])}
     hazard = None
     if has(data, LABEL):
@@ -273,6 +308,7 @@ def train(
             told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), config.seed) for name in parts}
             hazard = fit_hazard([seen["train"], told["train"]], first, unsafe["train"], seed=config.seed)
             scores |= judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
+            hazard.cpu()
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first)).save(out / "model.safetensors")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
 from worldmodel.data import replacing
+from worldmodel.encoder import autocast
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
 MODULE = "module."  # begins the names of the modules' tensors in a checkpoint
+SEEN_BEFORE = 3  # steps with inputs of the same shapes, before one is recorded on a GPU
+RECORDED = 200  # of which there are at most so many
 
 
 class Run:
@@ -117,6 +122,62 @@ class Run:
         logger.info("resuming %s at step %d of %d", self.out, self.step, self.steps)
 
 
+class Stepper:
+    """Steps of an optimiser: a loss, its gradients, clipped to a norm, applied.
+
+    On a GPU a small model waits for the launches of its thousand small kernels. There a step whose inputs have shapes that
+    were seen before is recorded once, as a CUDA graph, and replayed. So the loss may copy nothing from or to a GPU, and what changes
+    from step to step must be among its inputs.
+    """
+
+    def __init__(self, loss: Callable[..., dict[str, Tensor]], modules: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+        self._loss, self._modules, self._optimizer, self._clip = loss, modules, optimizer, clip
+        self._device = next(modules.parameters()).device
+        self._seen: Counter[tuple] = Counter()
+        self._recorded: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]] = {}
+        if self._device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Take a step: what `loss`, a function of the inputs, returns, and the gradient's `norm`; good until the next step.
+
+        `loss` is the entry to minimise.
+        """
+        if self._device.type != "cuda":
+            return self._step(inputs)
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            losses = self._replay(inputs)
+        outer.wait_stream(self._stream)
+        return losses
+
+    def _step(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        with autocast(self._device):
+            losses = self._loss(*inputs)
+        self._optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self._modules.parameters(), self._clip)
+        self._optimizer.step()
+        return {"norm": norm} | {name: value.detach() for name, value in losses.items()}
+
+    def _replay(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._recorded:
+            self._seen[shapes] += 1
+            if self._seen[shapes] <= SEEN_BEFORE or len(self._recorded) == RECORDED:
+                return self._step(inputs)
+            graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, self._pool, self._stream):
+                losses = self._step(own)
+            self._recorded[shapes] = graph, own, losses
+        graph, own, losses = self._recorded[shapes]
+        for mine, given in zip(own, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return losses
+
+
 def optimizer_for(modules: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; the learning rate is set per step by `set_rate`."""
     parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -124,15 +185,28 @@ def optimizer_for(modules: nn.Module, weight_decay: float) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    on_gpu = parameters[0].is_cuda
+    rate = torch.zeros((), device=parameters[0].device) if on_gpu else 0.0  # a recorded step reads it anew each time
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> float:
     """Warm-up over 5 % of the steps, constant, linear cool-down to 2 % of peak over the last 35 %."""
     rate = peak * min((step + 1) / (0.05 * steps + 1), 1.0, max((steps - step) / (0.35 * steps + 1), 0.02))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     return rate
+
+
+def gather(features: np.ndarray | Tensor, index: np.ndarray | slice, device: torch.device | str | None = None) -> Tensor:
+    """Rows of a tensor, or of a memory-mapped array, as float32 on a device (None: where they are)."""
+    if isinstance(features, Tensor):
+        index = index if isinstance(index, slice) else torch.from_numpy(index).to(features.device)
+        return features[index].float().to(device)
+    return torch.from_numpy(features[index].astype(np.float32)).to(device)
 
 
 def effective_rank(features: torch.Tensor) -> float:

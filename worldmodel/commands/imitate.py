@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Config:
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where it trains: cpu, cuda"""
     reach: int = 30
     """goals are 1 to so many steps ahead of an action, in the same episode"""
     width: int = 256
@@ -56,6 +59,7 @@ def run(config: Config) -> dict:
     from worldmodel.checkpoint import load_tensors
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
+    from worldmodel.encoder import usable
     from worldmodel.imitation import ImitationConfig, imitate
     from worldmodel.hub import load_encoder
 
@@ -63,7 +67,7 @@ def run(config: Config) -> dict:
     recipe = ImitationConfig(**shared(config, ImitationConfig))
     cache = config.cache or config.data[0] / "features"
     encoder = load_encoder(config.encoder)
-    path = imitate(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume)
+    path = imitate(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device))
     if path is None:
         return {"finished": False, "run": str(config.out)}
     _, _, about = load_tensors(path, "policy")

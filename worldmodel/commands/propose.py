@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Config:
     """go on with the run in --out from its last checkpoint, with the same recipe"""
     threads: int = 2
     """processor threads; the number is part of what makes two runs bit-equal"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the proposer trains: cpu, cuda"""
     merge: int = 2
     """a token holds merge x merge patches"""
     embed_dim: int = 192
@@ -71,6 +74,7 @@ def run(config: Config) -> dict:
     from worldmodel import model
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
+    from worldmodel.encoder import usable
     from worldmodel.guide import fit_guide
     from worldmodel.propose import ProposalConfig, fit_proposals
 
@@ -83,7 +87,8 @@ def run(config: Config) -> dict:
         if have.shape[1] != want:
             raise ValueError(f"{name} of the data have {have.shape[1]} numbers, the model's have {want}; give data of the model's robot")
     others = Dataset.open(config.way_data) if config.way_data else None
-    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, others)
+    device = usable(config.device)
+    made = fit_proposals(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, others, device)
     if made is None:
         return {"finished": False, "run": str(config.out)}
     world.proposer, way, about = made
