@@ -39,7 +39,8 @@ def episode(commands: str) -> tuple[np.ndarray, np.ndarray]:
         (".-..+..-....+..", (5, 9, 12, 15)),  # of two grasps the last, from the first one's end on
         (".-....+...-..", (0, 3, 6, 10)),  # and until the next
         ("......", None),
-        ("..-....", None),  # never lets go
+        ("..-....", (0, 4, 7, 7)),  # never lets go
+        (".....-", None),  # never gets to rest
         ("..+....", None),  # never closes
         ("..-+....", None),  # opens before it is at rest
     ],

@@ -58,10 +58,12 @@ def keyframes(actions: np.ndarray, proprio: np.ndarray) -> tuple[int, int, int, 
 
     Of actions [T, A] and proprio [T + 1, S], whose last entries are the gripper's: the frame after the opening before it,
     that at which the closing gripper has come to rest, that at which it is told to open, and the last one before it is
-    told to close again.
+    told to close again. A gripper that never lets go does so at the end.
     """
     command, opening = actions[:, -1], proprio[:, -1]
     closes, opens = (np.flatnonzero(told & ~np.append(False, told[:-1])) for told in (command < CLOSES, command > OPENS))
+    if len(closes) and not (opens > closes[0]).any():
+        opens = np.append(opens, len(actions))
     for last in opens[::-1]:
         if not (closes < last).any():
             return None
@@ -82,7 +84,7 @@ def lessons(frames: Frames) -> np.ndarray:
             found = keyframes(frames.actions[start : end - 1], frames.proprio[start:end])
             rows += [] if found is None else [start + np.array(found)]
     if not rows:
-        raise ValueError("no episode is a success in which the gripper closes and opens again: collect experts' episodes")
+        raise ValueError("no episode is a success in which the gripper closes and comes to rest: collect experts' episodes")
     return np.array(rows)
 
 
