@@ -19,7 +19,7 @@ from worldmodel.data import Dataset, Frames
 from worldmodel.interface import Encoder, Features, Obs, to_tensor
 from worldmodel.peers import build
 from worldmodel.probe import AttentiveProbe
-from worldmodel.train import features_of, identify
+from worldmodel.train import identify, placed_features
 from worldmodel.training import Run, Stepper, gather, optimizer_for, set_rate
 
 GRIPPER = torch.tensor([-1.0, 0.0, 1.0])  # close, hold, open: a choice, as the planner's
@@ -121,7 +121,7 @@ def imitate(
     """Train a policy and write `out/policy.safetensors`; None when `minutes` ended first (resume to go on)."""
     train, held = data.split(0.03)
     frames, kept = (part.load(keys=("proprio", "actions")) for part in (train, held))
-    features, kept_features = features_of(encoder, (train, held), cache, device)
+    features, kept_features = placed_features(encoder, (train, held), cache, device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         policy = GoalPolicy(encoder, frames.proprio.shape[1], frames.actions.shape[1], config.width)

@@ -19,7 +19,7 @@ from worldmodel.guide import Way
 from worldmodel.interface import Encoder, Features
 from worldmodel.probe import fit
 from worldmodel.proposer import Proposer, ProposerConfig
-from worldmodel.train import features_of, identify
+from worldmodel.train import identify, placed_features
 from worldmodel.training import Run, gather, optimizer_for, seeded, set_rate
 
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
@@ -192,7 +192,7 @@ def fit_proposals(
     parts = data.split(0.03)
     frames, held = (part.load(keys=("proprio", "actions")) for part in parts)
     rows, others = lessons(frames), lessons(held)  # before what takes minutes: there may be none
-    features, kept = features_of(encoder, parts, cache, device)
+    features, kept = placed_features(encoder, parts, cache, device)
     sizes = ProposerConfig(
         encoder.config.embed_dim, encoder.config.grid, frames.proprio.shape[1], config.merge, config.embed_dim, config.depth,
         config.num_heads,
