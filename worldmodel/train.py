@@ -268,8 +268,9 @@ def train(
         predictor = Predictor(sizes)
     predictor.proprio_mean.copy_(torch.from_numpy(first.proprio.mean(0)))
     predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
-    if config.start:
-        _start_from(predictor, encoder, load(config.start), config.start, config.free_share > 0)
+    start = load(config.start) if config.start else None
+    if start:
+        _start_from(predictor, encoder, start, config.start, config.free_share > 0)
     predictor.to(device)
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
@@ -308,8 +309,20 @@ def train(
             hazard.cpu()
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
-    LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first)).save(out / "model.safetensors")
+    model = LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first))
+    if start:
+        _keep_proposals(model, start)
+    model.save(out / "model.safetensors")
     return out / "model.safetensors"
+
+
+def _keep_proposals(model: LatentModel, start: LatentModel) -> None:
+    """Take over what a model has of `propose`, which knows the encoder's features and proprioception alone."""
+    model.proposer = start.proposer
+    if start.guide is not None:
+        model.guide.way = start.guide.way
+    if "proposer" in start.about:
+        model.about["proposer"] = start.about["proposer"]
 
 
 def _reader_of(features: dict[str, np.ndarray | Tensor], frames: dict[str, Frames], seed: int) -> tuple[AttentiveProbe, list[float]]:

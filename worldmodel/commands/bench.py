@@ -201,8 +201,9 @@ def run(config: Config) -> dict:
         episodes = [log.episodes[seed] for seed in seeds]
         result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
         if config.record:
-            paths = [data.episode_path(folder / "data", index) for index in range(config.episodes)]
-            data.write_recipe(folder / "data", "worldmodel bench --record", _identity(config), config.episodes, [*map(data.checksum, paths)])
+            checksums = [data.checksum(data.episode_path(folder / "data", index)) for index in range(config.episodes)]
+            recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
+            data.write_recipe(folder / "data", "worldmodel bench --record", recipe, config.episodes, checksums)
         with data.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())
         if config.gate != "off":
