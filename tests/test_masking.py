@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from worldmodel.masking import KINDS, MaskConfig, draw, hide
+from worldmodel.masking import COUNT, KINDS, MaskConfig, draw, hide
 
 
 @pytest.mark.parametrize("name", sorted(KINDS.keys() - {"open"}))
@@ -11,6 +11,7 @@ def test_masks_are_disjoint_varied_and_reproducible(name):
     steps = 1 if name == "image" else 3
     masks = draw(KINDS[name], 16, steps, (8, 8), np.random.default_rng(0))
     again = draw(KINDS[name], 16, steps, (8, 8), np.random.default_rng(0))
+    assert not any(index.shape[1] % COUNT for index in masks)
     assert (masks.visible == again.visible).all() and (masks.hidden == again.hidden).all()
     for seen, hidden in zip(*masks, strict=True):
         assert not set(seen.tolist()) & set(hidden.tolist())

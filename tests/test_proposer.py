@@ -9,7 +9,7 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel, holds, load
 from worldmodel.predictor import Predictor, PredictorConfig
-from worldmodel.propose import ProposalConfig, fit_hands, judge_hands, keyframes, propose_losses
+from worldmodel.propose import ProposalConfig, draw_lessons, fit_hands, judge_hands, keyframes, propose_losses
 from worldmodel.proposer import Proposer, ProposerConfig
 
 SIZES = ProposerConfig(feature_dim=12, grid=(2, 2), proprio_dim=3, merge=1, embed_dim=24, depth=1, num_heads=1)
@@ -64,7 +64,7 @@ def test_it_learns_what_lies_between():
     optimizer = torch.optim.Adam(proposer.parameters(), 3e-3)
     losses = []
     for _ in range(400):
-        loss = propose_losses(proposer, features, proprio, rows[rng.integers(100, size=32)], rng)["loss"]
+        loss = propose_losses(proposer, *draw_lessons(features, proprio, rows[rng.integers(100, size=32)], rng, "cpu"))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,7 +2,7 @@
 
 Multi-block space-time masks (V-JEPA 2, arXiv 2506.09985, section 2.1), masks of the future, and I-JEPA's masks of
 single images (arXiv 2301.08243, section 3). Each sample has its own mask; within a batch the counts are cut to the
-smallest, so that everything stays a dense tensor.
+smallest, so that everything stays a dense tensor, and on to a multiple of COUNT, so that few shapes occur.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+
+COUNT = 4  # a step with tensors of shapes that were seen before is replayed on a GPU, any other launched kernel by kernel
 
 
 class Masks(NamedTuple):
@@ -103,5 +106,6 @@ def draw(config: MaskConfig, batch: int, steps: int, grid: tuple[int, int], rng:
         if len(seen) >= least and len(hidden) >= least:
             pairs.append((seen, hidden))
     counts = [min(len(p[i]) for p in pairs) for i in (0, 1)]
+    counts = [n - n % COUNT if n > COUNT else n for n in counts]
     cut = [np.stack([np.sort(rng.choice(p[i], counts[i], replace=False)) for p in pairs]) for i in (0, 1)]
     return Masks(*(torch.from_numpy(c) for c in cut))

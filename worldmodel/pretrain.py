@@ -30,7 +30,7 @@ from worldmodel.data import Dataset
 from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, initialise, patchify, positions, rotation, scaled, sinusoids, take
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
-from worldmodel.training import MODULE, Run, Stepper, effective_rank, optimizer_for, set_rate
+from worldmodel.training import MODULE, Run, Stepper, effective_rank, optimizer_for, placed, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
@@ -308,12 +308,14 @@ def pretrain(
     model.to(device)
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, KIND, _plain(config, data), model, optimizer, config.steps, minutes, resume)
+    pixels = placed([frames.pixels], device)[0]
     advance = Stepper(lambda clips, *index: model.loss(clips, Masks(*index)), model, optimizer, 3.0)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         single = config.frames == 1 or rng.random() < config.image_share
         length = 1 if single else config.frames
-        clips = torch.from_numpy(frames.sample_clips(config.batch, length, config.stride, rng)["pixels"]).to(device)
+        index = frames.clip_index(config.batch, length, config.stride, rng)
+        clips = torch.as_tensor(pixels[index if isinstance(pixels, np.ndarray) else torch.from_numpy(index)], device=device)
         kinds = config.image_masks if single else config.masks
         kind = KINDS[kinds[rng.integers(len(kinds))]]
         tubes = max(1, length // config.encoder.tubelet_size)

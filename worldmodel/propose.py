@@ -6,21 +6,21 @@ Both learn from keyframes of episodes that are marked as successes, of features,
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from worldmodel.data import Dataset, Frames, read_episode
-from worldmodel.encoder import autocast
 from worldmodel.guide import Way
 from worldmodel.interface import Encoder, Features
 from worldmodel.probe import fit
 from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.train import identify, placed_features
-from worldmodel.training import Run, gather, optimizer_for, seeded, set_rate
+from worldmodel.training import Run, Stepper, gather, optimizer_for, seeded, set_rate
 
 CLOSES, OPENS = -0.5, 0.5  # the gripper's action, beyond which it is told to close or open
 RESTS = 5e-3  # m per step, change of its opening below which it is at rest
@@ -96,14 +96,23 @@ def lesson(rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 
 
 def propose_losses(
-    proposer: Proposer, features: np.ndarray | Tensor, proprio: np.ndarray, rows: np.ndarray, rng: np.random.Generator
+    proposer: Proposer, patches: Tensor, proprio: Tensor, goal: Tensor, own: Tensor, true: Tensor
 ) -> dict[str, Tensor]:
-    """Losses of keyframes filled in for rows [B, 4] of `lessons`; features [F, P, D] and proprio [F, S] of all frames."""
-    now, between, goal = lesson(rows, rng)
-    device = proposer.place.device
-    load, own = (lambda index, x=x: gather(x, index, device) for x in (features, proprio))
-    wrong = (proposer(Features(load(now), own(now)), load(goal), own(between)) - load(between)).abs().mean((0, 2, 3))
+    """Losses of keyframes filled in between a frame, patches [B, P, D] and proprio [B, S], and a goal [B, P, D].
+
+    Those have proprioception own [B, COUNT, S], and are in truth [B, COUNT, P, D].
+    """
+    wrong = (proposer(Features(patches, proprio), goal, own) - true).abs().mean((0, 2, 3))
     return {"loss": wrong.mean(), "patches_closed": wrong[0], "patches_opens": wrong[1]}
+
+
+def draw_lessons(
+    features: np.ndarray | Tensor, proprio: np.ndarray, rows: np.ndarray, rng: np.random.Generator, device: torch.device | str
+) -> list[Tensor]:
+    """What `propose_losses` takes, drawn for rows [B, 4] of `lessons`; features [F, P, D] and proprio [F, S] of all frames."""
+    now, between, goal = lesson(rows, rng)
+    pairs = (features, now), (proprio, now), (features, goal), (proprio, between), (features, between)
+    return [gather(*pair, device) for pair in pairs]
 
 
 def fit_hands(
@@ -206,24 +215,20 @@ def fit_proposals(
 
     @torch.no_grad()
     def scores() -> dict[str, float]:
-        losses = propose_losses(proposer, kept, held.proprio, others, np.random.default_rng(config.seed))
+        losses = propose_losses(proposer, *draw_lessons(kept, held.proprio, others, np.random.default_rng(config.seed), device))
         return {f"held_out/{name}": float(value) for name, value in losses.items()}
 
     optimizer = optimizer_for(proposer, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "proposing", recipe, proposer, optimizer, config.steps, minutes, resume)
+    advance = Stepper(partial(propose_losses, proposer), proposer, optimizer, 1.0)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
         rate = set_rate(optimizer, config.rate, step, config.steps)
         some = rows[rng.integers(len(rows), size=config.batch)]
-        with autocast(device):
-            losses = propose_losses(proposer, features, frames.proprio, some, rng)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(proposer.parameters(), 1.0)
-        optimizer.step()
+        losses = advance(*draw_lessons(features, frames.proprio, some, rng, device))
         if step % 20 == 0:
-            run.log(rate=rate, **{k: float(v.detach()) for k, v in losses.items()})
+            run.log(rate=rate, **{k: float(v) for k, v in losses.items()})
         if step % 200 == 199:
             run.log(**scores())
     if not run.done:

@@ -31,7 +31,7 @@ from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import AttentiveProbe, fit
-from worldmodel.training import Run, Stepper, gather, optimizer_for, seeded, set_rate
+from worldmodel.training import Run, Stepper, gather, optimizer_for, placed, seeded, set_rate
 
 IMAGINED_AT_ONCE = 32  # frames of an episode, when all outcomes are imagined; bounds memory
 EPISODES_AT_ONCE = 128  # of the same length, on a GPU
@@ -119,13 +119,7 @@ def placed_features(encoder: Encoder, parts: Sequence[Dataset], folder: Path, de
     """The `cached_features` of parts of a dataset, where training reads them: on a GPU, if there is room for three times as much."""
     files = [cached_features(encoder.to(device), part, folder) for part in parts]
     encoder.cpu()
-    if device == "cpu" or 3 * sum(file.nbytes for file in files) > torch.cuda.mem_get_info()[0]:
-        return files
-    there = [torch.empty(file.shape, dtype=torch.float16, device=device) for file in files]
-    for tensor, file in zip(there, files):
-        for i in range(0, len(file), 4096):
-            tensor[i : i + 4096] = torch.from_numpy(file[i : i + 4096].copy())
-    return there
+    return placed(files, device)
 
 
 def prediction_losses(
@@ -230,6 +224,21 @@ def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path
     return Outcomes(patches, proprio)
 
 
+def _new_predictor(config: TrainConfig, encoder: Encoder, frames: Frames) -> Predictor:
+    """A predictor with random weights, which knows the mean and deviation of its data's proprioception."""
+    sizes = PredictorConfig(
+        feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=frames.proprio.shape[1],
+        action_dim=frames.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
+        depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        predictor = Predictor(sizes)
+    predictor.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
+    predictor.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+    return predictor
+
+
 def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path: str, anew: bool) -> None:
     """Take over the weights of a model's predictor, but z's where that is to begin `anew` or is of another kind.
 
@@ -258,17 +267,8 @@ def train(
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
     features = dict(zip(parts, placed_features(encoder, list(parts.values()), cache, device)))
     first = frames["train"]
-    sizes = PredictorConfig(
-        feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=first.proprio.shape[1],
-        action_dim=first.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
-        depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        predictor = Predictor(sizes)
-    predictor.proprio_mean.copy_(torch.from_numpy(first.proprio.mean(0)))
-    predictor.proprio_std.copy_(torch.from_numpy(first.proprio.std(0)).clamp_min(1e-2))
     start = load(config.start) if config.start else None
+    predictor = _new_predictor(config, encoder, first)
     if start:
         _start_from(predictor, encoder, start, config.start, config.free_share > 0)
     predictor.to(device)

@@ -201,6 +201,17 @@ def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: in
     return rate
 
 
+def placed(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[np.ndarray] | list[Tensor]:
+    """Arrays where training reads them: on a GPU as tensors, if there is room for three times as much, else as they are."""
+    if torch.device(device).type == "cpu" or 3 * sum(array.nbytes for array in arrays) > torch.cuda.mem_get_info()[0]:
+        return list(arrays)
+    there = [torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device) for array in arrays]
+    for tensor, array in zip(there, arrays):
+        for i in range(0, len(array), 4096):
+            tensor[i : i + 4096] = torch.from_numpy(array[i : i + 4096].copy())
+    return there
+
+
 def gather(features: np.ndarray | Tensor, index: np.ndarray | slice, device: torch.device | str | None = None) -> Tensor:
     """Rows of a tensor, or of a memory-mapped array, as float32 on a device (None: where they are)."""
     if isinstance(features, Tensor):
