@@ -20,7 +20,7 @@ from torch import Tensor
 from planners.course import Course, CourseConfig, at_least
 from planners.imagine import imagine, look_ahead
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
-from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Propose, Suggestion, WorldModel
+from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,10 @@ class Agent:
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Where the gate refuses a plan
     it makes a more cautious one, then a smaller step, then asks about `config.retreat`, then answers with `fallback` [A] (zeros
-    without), and after some of those in a row hands over, which `last.answer` says. With `propose` it finds the sub-goals on the way to a single goal by itself,
-    and until the first one is reached anew at every step: the nearer it is, the better it can be told. With `hazard` and
-    `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one,
+    without), and after some of those in a row hands over, which `last.answer` says. With `hazard` and `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one,
     and after a refusal `planner.careful`.
-    If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices`, and looks for its
-    waypoint; what a plan promises is told by the goal itself.
+    If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices` where it does not
+    choose those, and looks for its waypoint; what a plan promises is told by the goal itself.
     """
 
     def __init__(
@@ -84,10 +82,9 @@ class Agent:
         config: AgentConfig = AgentConfig(),
         gate: Gate = OpenGate(),
         fallback: np.ndarray | None = None,
-        propose: Propose | None = None,
         hazard: Hazard | None = None,
     ) -> None:
-        self.model, self.planner, self.energy, self.config, self.gate, self.propose = model, planner, energy, config, gate, propose
+        self.model, self.planner, self.energy, self.config, self.gate = model, planner, energy, config, gate
         self.hazard = hazard
         self.fallback = np.zeros(model.action_dim, np.float32) if fallback is None else np.array(fallback, np.float32)
         if len(config.retreat) not in (0, model.action_dim):
@@ -110,7 +107,6 @@ class Agent:
         self._goals = [self.model.encode(g) for g in checked]
         self._off: deque[Tensor] = deque(maxlen=self.config.readings)  # each [S], what the last readings were off
         self._pursue(self._goals, ["proprio" in g for g in checked])
-        self._finds = self.propose is not None and len(goals) == 1
         self._course = Course(self.config, len(goals))
         self._generator = torch.Generator().manual_seed(seed)
         keep = self.model.max_context
@@ -136,9 +132,7 @@ class Agent:
             self.last = replace(self.last, asked=None, seconds=time.perf_counter() - start)
             return self.fallback.copy()
         context = self._ahead_of(self._context(), under_way)
-        if self._finds and self._course.subgoal == 0:
-            self._find_subgoals()
-        elif self._off:
+        if self._off:
             self._pursue(self._wanted, self._known)
         observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
         decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
@@ -216,12 +210,6 @@ class Agent:
         """What the gate may know besides the plan."""
         return Seen(self._features[-1], self._pursued[self._course.subgoal], self._pixels, self._expected, self._still)
 
-    def _find_subgoals(self) -> None:
-        """Have sub-goals proposed on the way from the last frame to the goal."""
-        found = self.propose(self._features[-1], self._goals[-1])
-        self._pursue(found, [False] * (len(found) - 1) + self._known[-1:])
-        self._course.expect(len(found))
-
     def _pursue(self, goals: list[Features], known: list[bool]) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
 
@@ -287,11 +275,11 @@ class Agent:
         return replace(decision, asked=asked)
 
     def _suggested(self, context: Context, horizon: int) -> Suggestion | None:
-        """What the model says of the way to the sub-goal, if it says anything."""
+        """What the model says of the way to the goals ahead, if it says anything."""
         if not hasattr(self.model, "suggest"):
             return None
         now = Features(*(None if x is None else x[0, -1] for x in context.features))
-        return self.model.suggest(now, self._pursued[self._course.subgoal], horizon)
+        return self.model.suggest(now, self._pursued[self._course.subgoal :], horizon)
 
     def _cost(self, context: Context, horizon: int, suggested: Suggestion | None, risk_weight: float) -> Cost:
         """Of plans to the sub-goal, or to what lies on the way to it."""
@@ -318,7 +306,8 @@ class Agent:
         """What the model suggests, else what is left of the last plan for the same sub-goal, and zeros after it: [1, H, A]."""
         if suggested is not None:
             start = suggested.actions[None].clone()
-            start[..., list(getattr(self.planner, "choices", ()))] = 0.0  # not what leads there: when matters
+            if not suggested.chooses:  # not what leads there: when matters
+                start[..., list(getattr(self.planner, "choices", ()))] = 0.0
             return start
         start = torch.zeros(1, horizon, self.model.action_dim, device=self._features[-1].patches.device)
         if not self._is_new():

@@ -50,11 +50,7 @@ class Course:
         self._trail: list[float] = []  # observed energies to the sub-goal
         self._highest = 0.0  # of the episode's, whichever the sub-goal was
         self.stuck = self._done = False  # _done: the sub-goal promises nothing more
-        self.expect(count)
-
-    def expect(self, count: int) -> None:
-        """Go through `count` sub-goals. Raises ValueError where the config has budgets for another number."""
-        steps = self.config.subgoal_steps or SUBGOAL_STEPS.get(count, (OTHER_STEPS,) * count)
+        steps = config.subgoal_steps or SUBGOAL_STEPS.get(count, (OTHER_STEPS,) * count)
         if count > 1 and len(steps) != count:
             raise ValueError(f"subgoal_steps has {len(steps)} entries for {count} sub-goals; expected one for each")
         self._budget, self._last = steps, count - 1

@@ -37,7 +37,7 @@ class Planner(Protocol):
     """Searches actions of low cost.
 
     One may have `eager` and `careful`, Planners that the agent asks instead where there is no progress, and where a plan was
-    refused; and `choices`, action dimensions of which no suggestion is to be made.
+    refused; and `choices`, action dimensions that a suggestion leaves alone unless it chooses them.
     """
 
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from planners.agent import Agent
-from worldmodel.interface import Context, Features, Obs, WorldModel
+from worldmodel.interface import Context, Features, Obs, Suggestion, WorldModel
 
 
 class VectorAgent:
@@ -134,6 +134,12 @@ class _Shared:
         turn = getattr(_Turn.own, "turn", None)
         return self._model.rollout(context, actions, z) if turn is None else turn.ask("rollout", context, actions, z)
 
+    def suggest(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        if not hasattr(self._model, "suggest"):
+            return None
+        turn = getattr(_Turn.own, "turn", None)
+        return self._model.suggest(now, goals, horizon) if turn is None else turn.ask("suggest", now, goals, horizon)
+
     def together(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         """Results of tasks that ask this model; raises the first error of any once all are over."""
         self._joint.clear()
@@ -161,6 +167,10 @@ class _Shared:
                 if kind == "encode":
                     whole = self._model.encode({key: np.stack([obs[key] for (obs,) in questions]) for key in questions[0][0]})
                     answers = [Features(*(None if x is None else x[i] for x in whole)) for i in range(len(group))]
+                elif kind == "suggest":
+                    nows, goals, (horizon, *_) = zip(*questions)
+                    whole = self._model.suggest(_stacked(nows), [_stacked(each) for each in zip(*goals)], horizon)
+                    answers = [None if whole is None else _row(whole, i) for i in range(len(group))]
                 else:
                     contexts, actions, z = zip(*questions)
                     sizes = [len(a) for a in actions]
@@ -182,10 +192,24 @@ class _Shared:
         return self._joint[key][1]
 
 
+def _stacked(features: Sequence[Features]) -> Features:
+    """Features of each as rows of one."""
+    return Features(*(None if x[0] is None else torch.stack(x) for x in zip(*features)))
+
+
+def _row(suggestion: Suggestion, i: int) -> Suggestion:
+    """What is suggested to one of several."""
+    waypoint = Features(*(None if x is None else x[i] for x in suggestion.waypoint))
+    return Suggestion(suggestion.actions[i], waypoint, suggestion.chooses)
+
+
 def _shape(question: tuple) -> tuple:
     """What questions must have in common to be one batch."""
     kind, first, *others = question
     if kind == "encode":
         return kind, *((key, np.shape(first[key])) for key in sorted(first))
+    if kind == "suggest":
+        goals, horizon = others
+        return kind, horizon, *((x.patches.shape, x.proprio is None) for x in (first, *goals))
     proprio = None if first.features.proprio is None else first.features.proprio.shape[1:]
     return kind, first.features.patches.shape[1:], proprio, *(x.shape[1:] for x in others)

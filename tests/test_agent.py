@@ -113,13 +113,9 @@ def test_what_a_reading_is_off_now_is_taken_off_the_goals():
     assert torch.allclose(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
     go(agent, Plane(), 1, picture((0.8, 0.5)))  # told, not read
     assert torch.equal(agent._pursued[0].proprio, torch.tensor([0.8, 0.5]))
-    halves = lambda now, goal: [goal._replace(proprio=goal.proprio / 2), goal]  # noqa: E731
     agent = agent_of(Reading(), AgentConfig(readings=0))
     go(agent, Plane(), 3, goal)
     assert torch.allclose(agent._pursued[0].proprio, torch.tensor([0.9, 0.6]), atol=5e-3)  # not asked to
-    agent = agent_of(Reading(), AgentConfig(subgoal_steps=(9, 9)), propose=halves)
-    go(agent, Plane(), 2, goal)
-    assert torch.allclose(agent._pursued[1].proprio, torch.tensor([0.8, 0.5]), atol=5e-3)
 
 
 def test_a_decision_tells_what_was_imagined():
@@ -445,23 +441,6 @@ def test_bad_configs_are_refused():
         agent_of(config=AgentConfig(retreat=(1.0,)))
     with pytest.raises(ValueError, match="fallback"):
         agent_of(fallback=np.zeros(3))
-
-
-def test_sub_goals_can_be_proposed_and_the_first_one_anew_until_it_is_reached():
-    asked = []
-
-    def propose(now, goal):
-        asked.append(now.patches[0].tolist())
-        return [Features(torch.tensor([[0.4, 0.1]]), torch.tensor([0.4, 0.1])), goal]
-
-    world, agent = Plane(), agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose)
-    decisions = go(agent, world, 10, picture((0.4, 0.6)))
-    assert len(asked) == 5 and [d.subgoal for d in decisions] == [0] * 4 + [1] * 6
-    assert np.abs(world.position - (0.4, 0.6)).max() < 0.03
-    with pytest.raises(ValueError, match="2 sub-goals"):
-        go(agent_of(config=AgentConfig(subgoal_steps=(4,)), propose=propose), Plane(), 1, picture((0.4, 0.6)))
-    go(agent_of(config=AgentConfig(subgoal_steps=(4, 8)), propose=propose), Plane(), 3, [picture((0.4, 0.1)), picture((0.4, 0.6))])
-    assert len(asked) == 6  # but not where they are given
 
 
 def test_it_plans_for_where_the_actions_under_way_will_have_led():

@@ -156,7 +156,7 @@ def test_on_the_command_line(model_file, tmp_path, capfd):
     args = ["bench", "--policy", "planner", "--model", str(model_file), "--preset", "debug", "--out", str(tmp_path / "out")]
     assert cli.main([*args, "--json"]) == 0
     summary = json.loads(capfd.readouterr().out)
-    assert summary["episodes"] == 1 and summary["goals"] == "subgoals, pictures alone"
+    assert summary["episodes"] == 1 and summary["goals"] == "final, pictures alone"
     assert cli.main([*args, "--goal-proprio"]) == 2
     assert "holds another run" in capfd.readouterr().err
     assert cli.main(["bench", "--episodes", "0", "--out", str(tmp_path / "no")]) == 2
@@ -166,8 +166,8 @@ def test_on_the_command_line(model_file, tmp_path, capfd):
 def test_goals_are_pictures_alone_unless_asked(tmp_path):
     obs = {"pixels": np.zeros((2, 2, 3)), "proprio": np.zeros(7)}
     info = {"goal": obs, "subgoals": [obs, obs]}
-    assert [set(goal) for goal in goals(Config(tmp_path))(info)] == [{"pixels"}] * 2
-    both = goals(Config(tmp_path, goal="final", goal_proprio=True))(info)
+    assert [set(goal) for goal in goals(Config(tmp_path, goal="subgoals"))(info)] == [{"pixels"}] * 2
+    both = goals(Config(tmp_path, goal_proprio=True))(info)
     assert [set(goal) for goal in both] == [{"pixels", "proprio"}]
 
 
@@ -261,7 +261,7 @@ def test_a_player_plays_an_encoder_file_in_the_simulator(encoder, tmp_path):
     from worldmodel.pretrain import save_encoder
 
     save_encoder(tmp_path / "encoder.safetensors", encoder, {})
-    config = bench.resolved(Config(tmp_path / "out", policy="simulator", model=tmp_path / "encoder.safetensors", **SMALL))
+    config = bench.resolved(Config(tmp_path / "out", policy="simulator", goal="subgoals", model=tmp_path / "encoder.safetensors", **SMALL))
     player = Player(config)
     episode, film, _ = player.play(3)
     player.close()

@@ -488,43 +488,28 @@ def test_bench_of_every_policy(policy, model, tmp_path, capfd):
     assert cli.main(words("show", tmp_path / "bench", "--out", tmp_path / "rates.png")) == 0
 
 
-@needs("propose")
-def test_a_model_learns_to_propose_and_plans_through_it(model, tmp_path, capfd):
-    experts = ("collect", "--preset", "debug", "--policy", "expert", "--max-steps", 40, "--episodes", 6, "--out", tmp_path / "experts")
-    assert cli.main(words(*experts)) == 0
-    args = ("propose", "--preset", "debug", "--data", tmp_path / "experts", "--model", model)
-    capfd.readouterr()
-    assert cli.main(words(*args, "--out", tmp_path / "run", "--json")) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["finished"] and told["episodes"] == 5 and told["held_out/place_closed"] > 0
-    assert "5 heads" in refuse(capfd, *args, "--num-heads", 5, "--out", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    bench = ("bench", "--preset", "debug", "--goal", "final")
-    assert cli.main(words(*bench, "--model", told["model"], "--out", tmp_path / "bench")) == 0
-    played = json.loads((tmp_path / "bench" / "results.json").read_text())
-    assert played["config"]["propose"] == "always" and played["config"]["subgoal_steps"] == [12, 16, 12]
-    other = ("--propose", "always", "--out", tmp_path / "other")
-    assert "`worldmodel propose`" in refuse(capfd, *bench, "--model", model, *other)
-    assert "--goal final" in refuse(capfd, "bench", "--preset", "debug", "--model", told["model"], *other)
-    assert not (tmp_path / "other").exists()
-
-
 @needs("imitate")
-def test_a_policy_that_imitates_is_trained_and_benched(encoder, dataset, tmp_path, capfd):
+def test_a_policy_that_imitates_is_trained_and_benched(model, dataset, tmp_path, capfd):
     out = tmp_path / "run"
-    args = words("imitate", "--preset", "debug", "--data", dataset, "--encoder", encoder, "--cache", tmp_path / "cache")
+    args = words("imitate", "--preset", "debug", "--data", dataset, "--model", model, "--cache", tmp_path / "cache")
     assert cli.main([*args, "--out", str(out), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    policy = told["policy"]
+    policy = told["model"]
     assert told["held_out"] > 0
+    assert cli.main(words("bench", "--preset", "debug", "--model", policy, "--out", tmp_path / "plan", "--json")) == 0
+    played = json.loads((tmp_path / "plan" / "results.json").read_text())
+    assert played["config"]["energy"] == "last" and played["config"]["std"] == 0.3
+    straight = ("--begin", "guide", "--model", policy, "--out", tmp_path / "straight")
+    assert cli.main(words("bench", "--preset", "debug", *straight)) == 0
+    assert json.loads((tmp_path / "straight" / "results.json").read_text())["config"]["energy"] == "sum"
+    capfd.readouterr()
     bench = ("bench", "--preset", "debug", "--policy", "imitation")
     assert cli.main(words(*bench, "--model", policy, "--out", tmp_path / "bench", "--json")) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["goals"] == "subgoals, pictures alone" and told["unsafe_rate"] >= 0
-    assert "needs --model" in refuse(capfd, "bench", "--policy", "imitation", "--out", tmp_path / "other")
-    assert "3 sub-goals" in refuse(capfd, *bench, "--model", policy, "--subgoal-steps", 3, 4, "--out", tmp_path / "other")
-    assert "`worldmodel imitate`" in refuse(capfd, *bench, "--model", tmp_path / "none", "--out", tmp_path / "other")
-    assert "expected 'policy'" in refuse(capfd, *bench, "--model", encoder, "--out", tmp_path / "other")
+    assert told["goals"] == "final, pictures alone" and told["unsafe_rate"] >= 0
+    assert "`worldmodel imitate`" in refuse(capfd, *bench, "--model", model, "--out", tmp_path / "other")
+    assert "3 sub-goals" in refuse(capfd, *bench, "--model", policy, "--goal", "subgoals", "--subgoal-steps", 3, 4, "--out", tmp_path / "other")
+    assert "search for plans" in refuse(capfd, *bench, "--model", policy, "--begin", "guide", "--out", tmp_path / "other")
     assert "reach is 0" in refuse(capfd, *args, "--reach", 0, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -537,7 +522,7 @@ def test_bench_refuses_bad_input(model, tmp_path, capfd):
         "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
         "--object spoon": "'box', 'cup'",
         "--policy magic": "'planner', 'simulator'",
-        "--goal none": "'subgoals', 'final'",
+        "--goal none": "'final', 'subgoals'",
         "--episodes 0": "episodes is 0",
         "--episodes -1": "episodes is -1",
         "--samples 0": "samples is 0",

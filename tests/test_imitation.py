@@ -1,56 +1,71 @@
-"""Policies that imitate: what they learn from, and that they learn."""
+"""Policies that imitate: what they learn from, that they learn, and how a model begins its search with one."""
 
 import numpy as np
 import torch
 
-from worldmodel import imitation
 from worldmodel.data import Frames
 from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.imitation import hindsight
 from worldmodel.interface import Features
+from worldmodel.model import LatentModel, load
+from worldmodel.policy import Policy
+from worldmodel.predictor import Predictor, PredictorConfig
 
 
-def policy(width: int = 16) -> imitation.GoalPolicy:
+def made(width: int = 16) -> Policy:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = VideoEncoder(EncoderConfig(image_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=1))
-        return imitation.GoalPolicy(encoder, 3, 4, width)
+        return Policy(4, 12, 3, 4, width)
 
 
-def test_a_policy_learns_which_way_a_goal_is_and_when_to_close():
-    made, generator = policy(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam([*made.look.parameters(), *made.act.parameters()], 3e-3)
+def test_a_policy_learns_which_way_a_goal_is_when_to_close_and_how_far_it_is():
+    policy, generator = made(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     losses = []
     for _ in range(250):
         now, goal = torch.randn(2, 64, 4, 12, generator=generator)
         proprio = torch.randn(64, 3, generator=generator)
         actions = torch.cat(((goal - now).mean(1)[:, :3].clamp(-1, 1), proprio[:, :1].sign()), 1)
-        loss = made.loss(Features(now, proprio), goal, actions)
+        loss = policy.loss(Features(now, proprio), goal, actions, 10 + 5 * proprio[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-20:]) < 0.35 * np.mean(losses[:5])
+    steps = policy(Features(now, proprio), goal)[2].detach().numpy()
+    assert np.corrcoef(steps, proprio[:, 0].numpy())[0, 1] > 0.9
 
 
 def test_a_choice_is_an_action_and_repeats_with_its_generator():
-    made = policy()
-    now, goal = Features(torch.randn(4, 12), torch.zeros(3)), torch.randn(4, 12)
-    action = made.choose(now, goal, torch.Generator().manual_seed(1))
-    assert action.shape == (4,) and action.abs().max() <= 1 and float(action[-1]) in (-1.0, 0.0, 1.0)
-    assert torch.equal(action, made.choose(now, goal, torch.Generator().manual_seed(1)))
+    policy = made()
+    now, goal = Features(torch.randn(5, 4, 12), torch.zeros(5, 3)), torch.randn(5, 4, 12)
+    actions = policy.choose(now, goal, torch.Generator().manual_seed(1))
+    assert actions.shape == (5, 4) and actions.abs().max() <= 1 and set(actions[:, -1].tolist()) <= {-1.0, 0.0, 1.0}
+    assert torch.equal(actions, policy.choose(now, goal, torch.Generator().manual_seed(1)))
+    assert torch.equal(policy.choose(now, goal)[:, -1], policy(now, goal)[1].argmax(1) - 1)  # the likeliest
 
 
-def test_save_then_load_is_exact(tmp_path):
-    made = policy()
-    made.save(tmp_path / "policy.safetensors", {})
-    again = imitation.load(tmp_path / "policy.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), again.state_dict().values(), strict=True))
-    assert again.action_dim == 4
+def test_a_model_suggests_what_its_policy_does_in_what_it_imagines(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = VideoEncoder(EncoderConfig(image_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=1))
+        predictor = Predictor(PredictorConfig(feature_dim=12, grid=(2, 2), proprio_dim=3, action_dim=4, embed_dim=12, depth=1, num_heads=1))
+    LatentModel(encoder, predictor, policy=made()).save(tmp_path / "model.safetensors")
+    model = load(tmp_path / "model.safetensors")
+    now, goals = Features(torch.randn(2, 4, 12), torch.zeros(2, 3)), [Features(torch.randn(2, 4, 12)) for _ in range(2)]
+    both = model.suggest(now, goals, 3)
+    one = model.suggest(Features(*(x[1] for x in now)), [Features(goals[1].patches[1])], 3)
+    assert both.actions.shape == (2, 3, 4) and both.chooses and both.waypoint.proprio.shape == (2, 3)
+    assert torch.equal(both.actions[:, 0], model.policy.choose(now, goals[1].patches))  # on the way to the last one
+    for whole, part in ((both.actions, one.actions), (both.waypoint.patches, one.waypoint.patches)):
+        assert torch.allclose(whole[1], part, atol=1e-5) and part.dim() == whole.dim() - 1
+    assert torch.equal(both.actions[:, :2], model.suggest(now, goals, 2).actions)
+    assert model.suggest(Features(now.patches), goals, 3) is None  # it needs the hand's own place
 
 
 def test_goals_in_hindsight_lie_ahead_in_the_same_episode():
     frames = Frames({"proprio": np.zeros((15, 3))}, np.array([0, 5, 15]), ("one", "other"))
-    now, goal = imitation.hindsight(frames, 500, 3, np.random.default_rng(0))
+    now, goal = hindsight(frames, 500, 3, np.random.default_rng(0))
     assert (frames.episode_of[now] == frames.episode_of[goal]).all()
     assert set(goal - now) == {1, 2, 3}
     assert set(now) == {0, 1, 2, 3, *range(5, 14)}  # all but the last frames

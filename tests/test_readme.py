@@ -14,6 +14,7 @@ from worldmodel.commands import cli
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
+from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +65,9 @@ def tiny(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = VideoEncoder(encoder), Predictor(PredictorConfig(24, encoder.grid, embed_dim=24, depth=1, num_heads=1))
+        policy = Policy(encoder.patches, 24, 7, 4, 8)
     hazard = Hazard(24, encoder.patches, 7, 4)
-    model.LatentModel(*parts, hazard=hazard, guide=Guide(7, 4)).save(folder / "model.safetensors")
+    model.LatentModel(*parts, hazard=hazard, guide=Guide(7, 4), policy=policy).save(folder / "model.safetensors")
     return folder / "model.safetensors"
 
 

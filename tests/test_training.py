@@ -13,14 +13,13 @@ from worldmodel import training
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.data import Dataset, Frames, checksum, episode_path, read_episode, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
-from worldmodel.guide import Way
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.model import load
 from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, pretrain
+from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import Labels, attentive, ridge
-from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate
 
@@ -208,18 +207,17 @@ def test_a_predictor_goes_on_from_another_of_the_same_features(data, tmp_path):
         train(TrainConfig(**sizes | {"depth": 2}, start=str(first)), encoder, data, tmp_path / "deeper", tmp_path / "cache")
 
 
-def test_what_a_start_proposes_is_kept(data, tmp_path):
+def test_the_policy_of_a_start_is_kept(data, tmp_path):
     torch.manual_seed(0)
     encoder = VideoEncoder(TINY)
     config = TrainConfig(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=2, transitions=3)
     first = load(train(config, encoder, data, tmp_path / "first", tmp_path / "cache"))
-    sizes = ProposerConfig(24, encoder.config.grid, first.predictor.config.proprio_dim, merge=1, embed_dim=24, depth=1, num_heads=1)
-    first.proposer, first.guide.way, first.about["proposer"] = Proposer(sizes), Way(sizes.proprio_dim, first.action_dim), {"minutes": 1}
-    first.save(tmp_path / "proposes.safetensors")
-    on = load(train(replace(config, start=str(tmp_path / "proposes.safetensors")), encoder, data, tmp_path / "on", tmp_path / "cache"))
-    for part in ("proposer", "guide.way"):
-        assert all(map(torch.equal, on.get_submodule(part).parameters(), first.get_submodule(part).parameters()))
-    assert on.about["proposer"] == {"minutes": 1}
+    sizes = encoder.config.patches, encoder.config.embed_dim, first.predictor.config.proprio_dim, first.action_dim
+    first.policy, first.about["policy"] = Policy(*sizes, 8), {"minutes": 1}
+    first.save(tmp_path / "acts.safetensors")
+    on = load(train(replace(config, start=str(tmp_path / "acts.safetensors")), encoder, data, tmp_path / "on", tmp_path / "cache"))
+    assert all(map(torch.equal, on.policy.parameters(), first.policy.parameters()))
+    assert on.about["policy"] == {"minutes": 1}
 
 
 def test_features_are_cached_once(data, tmp_path):

@@ -41,8 +41,9 @@ class Context:
 class Suggestion(NamedTuple):
     """Where a search for a plan may begin, and what it should look for."""
 
-    actions: Tensor  # float32 [H, A] in [-1, 1]
-    waypoint: Features  # the goal's patches [P, D], and its proprio [S] or that of H steps ahead on the way to it
+    actions: Tensor  # float32 [..., H, A] in [-1, 1]
+    waypoint: Features  # patches [..., P, D] and proprio [..., S] of the goal, or of H steps ahead on the way to it
+    chooses: bool = False  # whether it says when the gripper moves, or only where to
 
 
 class EncoderSizes(Protocol):
@@ -72,7 +73,8 @@ class Encoder(Protocol):
 class WorldModel(Protocol):
     """Imagines the features that follow from actions.
 
-    One may have `suggest(now, goal, horizon)`: of features [P, D] and [S] a Suggestion, or None; and `read(patches)`, the
+    One may have `suggest(now, goals, horizon)`: of features, and those of the goals still ahead, the next one first, each [..., P, D]
+    and [..., S], a Suggestion with the same leading axes, or None; and `read(patches)`, the
     proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
     """
 
@@ -106,14 +108,6 @@ class Hazard(Protocol):
 
     def __call__(self, imagined: Features, actions: Tensor) -> Tensor:
         """patches [B, N, K, H, P, D], actions [B, N, H, A] -> probabilities [B, N, K, H]."""
-        ...
-
-
-class Propose(Protocol):
-    """Finds sub-goals on the way to a goal."""
-
-    def __call__(self, now: Features, goal: Features) -> list[Features]:
-        """Present and goal, each patches [P, D] and proprio [S] -> sub-goals like them, in order, the goal last."""
         ...
 
 

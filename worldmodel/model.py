@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
 from worldmodel.encoder import autocast, fast_in_bfloat16
-from worldmodel.guide import Guide, Way
+from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, to_tensor
 from worldmodel.peers import build
+from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig, expand
 from worldmodel.probe import AttentiveProbe
-from worldmodel.proposer import Proposer, ProposerConfig
 from worldmodel.vjepa2_ac import NAME as AC
 from worldmodel.vjepa2_ac import ACConfig, ACPredictor
 
@@ -32,16 +33,14 @@ class LatentModel(nn.Module):
     """Frozen encoder and action-conditioned predictor, behind `worldmodel.interface.WorldModel`.
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
-    alone say where the hand is, which a camera sees poorly along its line of sight. `proposer` finds sub-goals on the way
-    to a goal. `hazard` tells how likely an imagined step is to go wrong. `guide` suggests where a search begins, and what it
-    looks for on the way. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale
+    alone say where the hand is, which a camera sees poorly along its line of sight. `hazard` tells how likely an imagined
+    step is to go wrong. `policy`, or else `guide`, suggests where a search begins. `about` says how the weights were made; `about["energy"]`, where present, holds the energy's scale
     on held-out data, which thresholds are relative to.
     """
 
     def __init__(
         self, encoder: Encoder, predictor: Predictor | ACPredictor, reader: AttentiveProbe | None = None, about: dict | None = None,
-        proposer: Proposer | None = None, hazard: Hazard | None = None,
-        guide: Guide | None = None,
+        hazard: Hazard | None = None, guide: Guide | None = None, policy: Policy | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
@@ -49,8 +48,8 @@ class LatentModel(nn.Module):
                 f"the predictor is for features {predictor.config.grid} x {predictor.config.feature_dim}, the encoder "
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
-        self.encoder, self.predictor, self.reader, self.proposer = encoder, predictor, reader, proposer
-        self.hazard, self.guide = hazard, guide
+        self.encoder, self.predictor, self.reader = encoder, predictor, reader
+        self.hazard, self.guide, self.policy = hazard, guide, policy
         self.about = about or {}
         self._copy: tuple[Predictor, tuple, Predictor] | None = None  # of what, in which state, the copy
         self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
@@ -134,12 +133,33 @@ class LatentModel(nn.Module):
         return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
 
     @torch.no_grad()
-    def suggest(self, now: Features, goal: Features, horizon: int) -> Suggestion | None:
-        """What `guide` says of the way to a goal; None without one, or where proprioception is not known."""
-        if self.guide is None or now.proprio is None or goal.proprio is None:
+    def suggest(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        """What `policy` would do on its way to the last of the goals ahead, or what `guide` says of the way to the next one.
+
+        A policy that has seen whole demonstrations needs no sub-goals. Any leading axes, the same of all. None without either, or
+        where proprioception is not known.
+        """
+        if now.proprio is None:
             return None
-        actions, proprio = self.guide(now.proprio, goal.proprio, horizon)
-        return Suggestion(actions, goal._replace(proprio=proprio))
+        if self.policy is not None:
+            return self._follow(now, goals[-1].patches, horizon)
+        if self.guide is None or goals[0].proprio is None:
+            return None
+        return Suggestion(self.guide(now.proprio, goals[0].proprio, horizon), goals[0])
+
+    def _follow(self, now: Features, goal: Tensor, horizon: int) -> Suggestion:
+        """What `policy` does step by step on the way to a goal [..., P, D], in a future that is imagined at the prior's mean."""
+        axes, actions = goal.shape[:-2], []
+        goal = goal.reshape(-1, *goal.shape[-2:])  # [B, P, D]
+        now = Features(now.patches.reshape(goal.shape), now.proprio.reshape(len(goal), -1))
+        for _ in range(horizon):
+            actions.append(self.policy.choose(now, goal))
+            context = Context(Features(*(x[:, None] for x in now)), actions[-1].new_zeros(len(goal), 0, self.action_dim))
+            imagined = self.rollout(context, actions[-1][:, None, None], self.sample_z((len(goal), 1, 1, 1), None))
+            now = Features(*(x[:, 0, 0, 0].float() for x in imagined))
+        found = torch.stack(actions, 1), *now  # each [B, ...]
+        actions, patches, proprio = (x.reshape(*axes, *x.shape[1:]) for x in found)
+        return Suggestion(actions, Features(patches, proprio), True)
 
     def _remember(self, context: Context) -> tuple[list | None, int]:
         """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
@@ -183,9 +203,8 @@ class LatentModel(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
-        config["proposer"] = None if self.proposer is None else asdict(self.proposer.config)
         config["hazard"], config["guide"] = self.hazard is not None, self.guide is not None
-        config["way"] = self.guide is not None and self.guide.way is not None
+        config["policy"] = None if self.policy is None else self.policy.width
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -198,16 +217,15 @@ def load(path: str | Path | None = None) -> LatentModel:
     tensors, config, about = load_tensors(path, "model")
     try:
         encoder, predictor = build(config["encoder"]), _predictor(config["predictor"])
-        proposer = Proposer(ProposerConfig(**config["proposer"])) if config.get("proposer") else None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of another architecture: {error}") from error
     sizes = encoder.config.patches, encoder.config.embed_dim, predictor.config.proprio_dim
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
     own = predictor.config
     hazard = Hazard(*sizes[1::-1], own.proprio_dim, own.action_dim) if config.get("hazard") else None
-    moves = own.proprio_dim, own.action_dim
-    guide = Guide(*moves, Way(*moves) if config.get("way") else None) if config.get("guide") else None
-    model = LatentModel(encoder, predictor, reader, about, proposer, hazard, guide)
+    guide = Guide(own.proprio_dim, own.action_dim) if config.get("guide") else None
+    policy = Policy(*sizes, own.action_dim, config["policy"]) if config.get("policy") else None
+    model = LatentModel(encoder, predictor, reader, about, hazard, guide, policy)
     kept = {value.dtype for value in tensors.values()}
     if len(kept) == 1:  # a large model in half precision stays so
         model.to(kept.pop())
@@ -221,7 +239,7 @@ def _predictor(config: dict) -> Predictor | ACPredictor:
 
 
 def holds(path: str | Path, part: str) -> bool:
-    """Whether a file holds a model with that part: proposer, hazard, reader, guide, way."""
+    """Whether a file holds a model with that part: hazard, reader, guide, policy."""
     _, config, _ = load_tensors(path, *MAKERS)
     return bool(config.get(part))
 

@@ -311,18 +311,10 @@ def train(
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     model = LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first))
     if start:
-        _keep_proposals(model, start)
+        model.policy = start.policy  # which knows the encoder's features and proprioception alone
+        model.about |= {"policy": start.about["policy"]} if "policy" in start.about else {}
     model.save(out / "model.safetensors")
     return out / "model.safetensors"
-
-
-def _keep_proposals(model: LatentModel, start: LatentModel) -> None:
-    """Take over what a model has of `propose`, which knows the encoder's features and proprioception alone."""
-    model.proposer = start.proposer
-    if start.guide is not None:
-        model.guide.way = start.guide.way
-    if "proposer" in start.about:
-        model.about["proposer"] = start.about["proposer"]
 
 
 def _reader_of(features: dict[str, np.ndarray | Tensor], frames: dict[str, Frames], seed: int) -> tuple[AttentiveProbe, list[float]]:

@@ -52,20 +52,20 @@ class Config:
     """what to do"""
     object: Literal["box", "cup", "can"] = "box"
     """what to do it with"""
-    goal: Literal["subgoals", "final"] = "subgoals"
-    """what a planning policy is shown: pictures of all sub-goals, or of the goal alone"""
-    propose: Literal["auto", "always", "never"] = "auto"
-    """with --goal final, plan through sub-goals that the model proposes; auto: in pick-place, where it can"""
+    goal: Literal["final", "subgoals"] = "final"
+    """what a planning policy is shown: a picture of the goal alone, or of all sub-goals on the way to it"""
+    begin: Literal["policy", "guide", "nothing"] = "policy"
+    """where the search for a plan begins: with what the model's policy would do; without one, or with guide, on the straight way; or
+    with what is left of the last plan"""
     policy: Literal["planner", "simulator", "imitation", "expert", "random", "nothing"] = "planner"
-    """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: a policy that
-    `worldmodel imitate` trained; expert: scripted"""
+    """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: the
+    policy that `worldmodel imitate` trained, alone; expert: scripted"""
     episodes: int = 20
     """number of episodes"""
     seed: int = 10_000
     """seed of the first episode"""
     model: Path | None = None
-    """model.safetensors; for the simulator an encoder.safetensors will do (default: the shipped weights); for imitation
-    policy.safetensors"""
+    """model.safetensors; for the simulator an encoder.safetensors will do (default: the shipped weights)"""
     goal_proprio: bool = False
     """also tell the proprioception of the goals"""
     video: int = 0
@@ -113,8 +113,8 @@ class Config:
     """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
     samples_z: int = 0
     """imagined futures of each candidate; 0: the one of the prior's mean"""
-    energy: Literal["last", "sum"] = "sum"
-    """of the last imagined frame, or of all of them"""
+    energy: Literal["last", "sum"] | None = None
+    """of the last imagined frame, or of all of them (default: last where the search begins with a policy, else sum)"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
     """of features"""
     proprio_weight: float | None = None
@@ -162,6 +162,8 @@ class Config:
             raise ValueError("--gate on needs --calibration, which nothing else takes")
         if (self.gate == "random") != (self.abstain > 0) or not 0 <= self.abstain <= 1:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
+        if self.begin != "policy" and self.policy not in BUDGETS:
+            raise ValueError(f"--begin {self.begin} is for policies that search for plans; {self.policy} makes none")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
@@ -285,31 +287,29 @@ def resolved(config: Config) -> Config:
 
     names = ("samples", "iterations", "elites", "horizon", "std", "fine")
     unknown = config.env.id and config.env.ready is None
-    guided = config.policy in BUDGETS and not unknown and model.holds(config.model or model.shipped(), "guide")
+    path = config.model or model.shipped()
+    seeing = config.policy in BUDGETS and config.begin == "policy" and model.holds(path, "policy")
+    guided = config.policy in BUDGETS and not unknown and config.begin != "nothing" and (seeing or model.holds(path, "guide"))
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     filled = {**budget, **given}
     if "elites" not in given:
         filled["elites"] = min(filled["elites"], filled["samples"])
-    if config.policy == "imitation" and (config.model is None or config.goal_proprio):
-        raise ValueError("imitation needs --model policy.safetensors, of `worldmodel imitate`, and takes no --goal-proprio")
-    path = config.model or model.shipped()
+    if config.policy == "imitation" and (config.goal_proprio or not model.holds(path, "policy")):
+        raise ValueError(f"imitation needs a model of `worldmodel imitate`, and takes no --goal-proprio; got {path}")
     if unknown:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
-    able = config.goal == "final" and config.policy in BUDGETS and model.holds(path, "proposer")
-    if config.propose == "always" and not able:
-        raise ValueError(f"--propose always needs --goal final, a planning policy, and a model of `worldmodel propose`; got {path}")
-    if config.propose == "auto":
-        filled["propose"] = "always" if able and config.task.startswith("pick-place") and not config.env.id else "never"
     cautious = config.policy in BUDGETS and model.holds(path, "hazard")
     if config.risk_weight and not cautious:
         raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
     if config.risk_weight is None:
         filled["risk_weight"] = 0.2 if cautious else 0.0
+    if config.energy is None:
+        filled["energy"] = "last" if seeing else "sum"
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
-    if not config.subgoal_steps and (config.goal == "subgoals" or config.propose == "always"):
+    if not config.subgoal_steps and config.goal == "subgoals":
         steps = config.env.ready.subgoal_steps if config.env.ready else SUBGOAL_STEPS.get(config.task, ())
         config = dataclasses.replace(config, subgoal_steps=steps)
     return config

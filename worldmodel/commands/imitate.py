@@ -1,7 +1,7 @@
-"""Train a goal-conditioned policy on a frozen encoder's features, to compare the planner with.
+"""Train a policy that sees a goal picture, on a model's frozen features: where the search for a plan begins.
 
-With --reach 30 it is behaviour cloning in hindsight, with --reach 3 an inverse dynamics model. Writes
-RUN/policy.safetensors, what `worldmodel bench --policy imitation` takes as --model.
+With --reach 30 it is behaviour cloning in hindsight, with --reach 3 an inverse dynamics model. Writes RUN/model.safetensors, the
+given model with it: what `worldmodel bench` plans with, or with --policy imitation lets act alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Config:
 
     data: tuple[Path, ...]
     """one or more folders that `worldmodel collect` made; the last 3 % of each one's episodes are held out"""
-    encoder: Path
-    """encoder.safetensors, or a model.safetensors, whose encoder is meant, or efficientnet-lite0"""
     out: Path
     """folder of the run; new or empty, unless --resume"""
+    model: Path | None = None
+    """model.safetensors that gets the policy (None: the shipped model)"""
     cache: Path | None = None
     """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
     minutes: float | None = None
@@ -56,26 +56,28 @@ def run(config: Config) -> dict:
     """Train, and return where the policy is."""
     import torch
 
-    from worldmodel.checkpoint import load_tensors
+    from worldmodel import model
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.encoder import usable
-    from worldmodel.imitation import ImitationConfig, imitate
-    from worldmodel.hub import load_encoder
+    from worldmodel.imitation import ImitationConfig, fit_policy
 
     torch.set_num_threads(config.threads)
-    recipe = ImitationConfig(**shared(config, ImitationConfig))
-    cache = config.cache or config.data[0] / "features"
-    encoder = load_encoder(config.encoder)
-    path = imitate(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device))
-    if path is None:
+    world = model.load(config.model)
+    recipe, cache = ImitationConfig(**shared(config, ImitationConfig)), config.cache or config.data[0] / "features"
+    data, device = Dataset.open(config.data), usable(config.device)
+    made = fit_policy(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, device)
+    if made is None:
         return {"finished": False, "run": str(config.out)}
-    _, _, about = load_tensors(path, "policy")
-    return {"finished": True, "policy": str(path), "minutes": about["minutes"], "held_out": about["held_out"]}
+    world.policy, world.about["policy"] = made
+    path = config.out / "model.safetensors"
+    world.save(path)
+    about = world.about["policy"]
+    return {"finished": True, "model": str(path), "minutes": about["minutes"], "held_out": about["held_out"]}
 
 
 def report(result: dict) -> str:
     """The same for people."""
     if not result["finished"]:
         return f"{result['run']}: stopped before the end of the schedule; the same command with --resume goes on"
-    return f"{result['policy']}: {result['minutes']} minutes, loss {result['held_out']:.3f} on held-out episodes"
+    return f"{result['model']}: {result['minutes']} minutes, loss {result['held_out']:.3f} on held-out episodes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -25,7 +26,7 @@ from planners.agent import Agent, AgentConfig
 from planners.gate import Limits, SafetyGate
 from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
-from worldmodel import imitation, model
+from worldmodel import model
 from worldmodel.checkpoint import load_tensors, sha256_of
 from worldmodel.commands.abstention import HIGHEST
 from worldmodel.commands.film import Film
@@ -49,7 +50,7 @@ class Player:
     def __init__(self, config) -> None:
         self.config = config
         torch.set_num_threads(config.threads)
-        self.model = None if config.policy in SCRIPTED else load(config.model, config.policy).to(usable(config.device))
+        self.model = None if config.policy in SCRIPTED else load(config.model, config.policy, config.begin).to(usable(config.device))
         self.env = _environment(config, self.model)
         self.agent = None if self.model is None else self.make_agent(self.model)
 
@@ -140,10 +141,9 @@ class Player:
             progress=config.progress, retry=config.retry, risk_weight=config.risk_weight, readings=config.readings,
             retreat=() if config.gate == "off" or config.env.id else (0.0, 0.0, 0.5) + (0.0,) * (world.action_dim - 3),  # up
         )  # fmt: skip
-        propose = self.model.proposer.propose if config.propose == "always" else None
         hazard = getattr(self.model, "hazard", None)
         gate = self._make_gate()
-        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, propose=propose, hazard=hazard)
+        return Agent(world, planner, lambda goal: GoalEnergy(goal, energy), look, gate, hazard=hazard)
 
     def _make_gate(self) -> Gate:
         config = self.config
@@ -223,20 +223,20 @@ class Imitated:
 
 
 class Imitator:
-    """Lets a policy that imitates act from goal picture to goal picture, by their step budgets alone.
+    """Lets a model's policy act alone from goal picture to goal picture, by their step budgets alone.
 
     An Agent also moves on early, and back to the first one, by an energy, which these policies have not.
     """
 
-    def __init__(self, policy: imitation.GoalPolicy, subgoal_steps: tuple[int, ...]) -> None:
-        self.policy, self._steps = policy, subgoal_steps
+    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...]) -> None:
+        self.model, self._steps = world, subgoal_steps
         self.last: Imitated | None = None
 
     def reset(self, goals: list[dict], seed: int) -> None:
         """Start an episode towards pictures, of which the last is the goal. ValueError where these are not so many."""
         if len(goals) > 1 and len(self._steps) != len(goals):
             raise ValueError(f"subgoal_steps has {len(self._steps)} entries for {len(goals)} sub-goals; expected one for each")
-        self._goals = [self.policy.encode(goal).patches for goal in goals]
+        self._goals = [self.model.encode(goal).patches for goal in goals]
         self._generator = torch.Generator().manual_seed(seed)
         self._step = 0
 
@@ -244,23 +244,25 @@ class Imitator:
         """An action [A]."""
         start = time.perf_counter()
         subgoal = min(int((np.cumsum(self._steps) <= self._step).sum()), len(self._goals) - 1)
-        action = self.policy.choose(self.policy.encode(obs), self._goals[subgoal], self._generator).numpy()
+        now = Features(*(x[None] for x in self.model.encode(obs)))
+        action = self.model.policy.choose(now, self._goals[subgoal][None], self._generator)[0].numpy()
         self._step += 1
         self.last = Imitated(subgoal, time.perf_counter() - start)
         return action
 
 
-def load(path: Path, policy: str) -> nn.Module:
-    """The model of a file; for the simulator an encoder's file will do."""
-    if policy == "imitation":
-        return imitation.load(path)
-    if policy != "simulator":
-        return model.load(path)
-    try:
-        load_tensors(path, "encoder")
-    except ValueError:
-        return model.load(path)
-    return load_encoder(path)
+def load(path: Path, policy: str, begin: str = "policy") -> nn.Module:
+    """The model of a file, with what a search is to begin with; for the simulator an encoder's file will do."""
+    if policy == "simulator":
+        with contextlib.suppress(ValueError):
+            load_tensors(path, "encoder")
+            return load_encoder(path)
+    world = model.load(path)
+    if begin != "policy":
+        world.policy = None
+    if begin == "nothing":
+        world.guide = None
+    return world
 
 
 def _environment(config, world: nn.Module | None) -> gym.Env:

@@ -6,6 +6,7 @@ errors of the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -47,9 +48,9 @@ class SimulatorModel:
         """Zeros [*shape, 1]: the simulator is deterministic."""
         return torch.zeros(*shape, self.latent_dim)
 
-    def suggest(self, now: Features, goal: Features, horizon: int) -> Suggestion | None:
+    def suggest(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
         """As `model` does, if there is one that does."""
-        return self.model.suggest(now, goal, horizon) if hasattr(self.model, "suggest") else None
+        return self.model.suggest(now, goals, horizon) if hasattr(self.model, "suggest") else None
 
     def read(self, patches: Tensor) -> Tensor | None:
         """As `model` does, if there is one that does."""

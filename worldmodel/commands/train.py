@@ -36,7 +36,7 @@ class Config:
     """where it trains: cpu, cuda"""
     start: str = ""
     """path of a model.safetensors whose predictor to start from, of the same encoder and sizes (z begins anew where it is
-    of another kind, or with --free-share), and whose proposer and way to keep; empty: random weights"""
+    of another kind, or with --free-share), and whose policy to keep; empty: random weights"""
     merge: int = 2
     """a token of the predictor holds merge x merge patches; more is faster and coarser"""
     embed_dim: int = 256
