@@ -68,8 +68,9 @@ class Agent:
 
     `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Where the gate refuses a plan
     it makes a more cautious one, then a smaller step, then asks about `config.retreat`, then answers with `fallback` [A] (zeros
-    without), and after some of those in a row hands over, which `last.answer` says. With `hazard` and `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one,
-    and after a refusal `planner.careful`.
+    without), and after some of those in a row hands over, which `last.answer` says. With `hazard` and `config.risk_weight` it
+    avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one, and after a refusal
+    `planner.careful`.
     If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices` where it does not
     choose those, and looks for its waypoint; what a plan promises is told by the goal itself.
     """

@@ -37,8 +37,8 @@ class SamplingConfig:
     gripper: Literal["categorical", "gaussian"] = "categorical"
     gripper_dims: tuple[int, ...] = (-1,)  # action dimensions that are a choice of -1, 0, +1
     hold: float = 0.6  # probability of the warm start's choice in the first iteration's
-    margin: float = 0.2  # share of its cost that a plan must gain by moving the gripper: what an opening that is nearer to
-    # the goal's gains by itself stays below it, a grasp or a release above
+    margin: float = 0.2  # share of its cost that a plan must gain by moving the gripper otherwise than the warm start has it:
+    # what an opening that is nearer to the goal's gains by itself stays below it, a grasp or a release above
     eager_margin: float = 0.1  # the same of an eager planner, for where there is no progress by moving the hand
     smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
     colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white
@@ -270,31 +270,31 @@ def _settle(cost: Cost, nominal: Tensor, best: Tensor, centre: Tensor, config: S
 
     Without choices, the cheapest. Else the centre with the gripper moved as the nominal one has it, or otherwise where that pays:
     candidates differ by more than their gripper, whose part in the cost may be small, so the centre is compared with itself,
-    without any motion of the gripper, and with one motion at each step. Of motions that are equal within the margin the latest is taken where it closes,
-    for a grasp can be made up later, a wrong one often not be undone; and the earliest where it opens, for a hand that moves
-    off first drops from higher. The cheapest of the three is taken where it is better than that by the margin, or the nominal
+    without any motion of the gripper, and with one motion at each step. Of those that are equal within the margin, none is
+    taken rather than a motion, and of motions the latest where it closes, for a grasp can be made up later, a wrong one often
+    not be undone; and the earliest where it opens, for a hand that moves off first drops from higher. The cheapest of the three is taken where it is better than that by the margin, or the nominal
     one where it is better at all. All are evaluated once more, side by side.
     """
     chosen, horizon, plans = _choices(config), nominal.shape[1], [nominal, best, centre]
     if chosen:
-        asis = centre.clone()
-        asis[..., chosen] = nominal[..., chosen]
-        plans += [asis, _with_gripper(centre, chosen, None, 0.0)]
+        begun = centre.clone()
+        begun[..., chosen] = nominal[..., chosen].round()
+        plans += [begun, _with_gripper(centre, chosen, None, 0.0)]
         plans += [_with_gripper(centre, chosen, h, move) for move in (-1.0, 1.0) for h in range(horizon)]
     plans = torch.stack(plans, 1)
     costs, rows = _evaluate(cost, plans), torch.arange(len(plans), device=plans.device)
     value, which = costs[:, :3].min(1)
     if not chosen:
         return plans[rows, which], value
-    asis, moved = costs[:, 3], costs[:, 4:]
+    begun, moved = costs[:, 3], costs[:, 4:]  # as the nominal plan moves the gripper; in other ways, not at all first
     least = moved.min(1, keepdim=True)[0]
     opens = moved[:, 1 + horizon :].amin(1) < moved[:, 1 : 1 + horizon].amin(1)  # [B]
     step = torch.arange(horizon, device=costs.device)  # each motion's rank among equals: closing late, opening early
     rank = torch.where(opens[:, None], torch.cat((step - horizon, horizon - step)), torch.cat((step + 1, -step - 1)))
-    rank = torch.cat((rank.new_full((len(rank), 1), -horizon - 1), rank), 1)  # that of none
-    motion = torch.where(moved <= least + config.margin * least.abs(), rank, -horizon - 2).argmax(1)
+    rank = torch.cat((rank.new_full((len(rank), 1), horizon + 1), rank), 1)  # none, rather than a motion that gains little by it
+    motion = torch.where(moved <= least + config.margin * least.abs(), rank, -horizon - 1).argmax(1)
     found = moved[rows, motion]
-    pays = (found < asis - config.margin * asis.abs()) | (torch.isfinite(found) & ~torch.isfinite(asis))
+    pays = (found < begun - config.margin * begun.abs()) | (torch.isfinite(found) & ~torch.isfinite(begun))
     single = torch.where(pays, 4 + motion, 3)
     own = costs[rows, single]
     worse = (own > costs[:, 0]) | (value < own - config.margin * own.abs()) | ~torch.isfinite(own)

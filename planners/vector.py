@@ -1,7 +1,7 @@
 """Several agents that decide at once: for `gym.vector`, and wherever one model plans for many.
 
     agents = VectorAgent(lambda shared: Agent(shared, SamplingPlanner(), GoalEnergy), model, envs.num_envs)
-    agents.reset(info["subgoals"], where=begins)
+    agents.reset({"pixels": info["goal"]["pixels"]}, where=begins)
     obs, _, terminated, truncated, info = envs.step(agents.act(obs))
     begins, over = over, terminated | truncated  # Gymnasium's default autoreset: the step after the last one begins the next
 

@@ -510,6 +510,11 @@ def test_a_policy_that_imitates_is_trained_and_benched(model, dataset, tmp_path,
     assert "`worldmodel imitate`" in refuse(capfd, *bench, "--model", model, "--out", tmp_path / "other")
     assert "3 sub-goals" in refuse(capfd, *bench, "--model", policy, "--goal", "subgoals", "--subgoal-steps", 3, 4, "--out", tmp_path / "other")
     assert "search for plans" in refuse(capfd, *bench, "--model", policy, "--begin", "guide", "--out", tmp_path / "other")
+    assert "expected one of guide, nothing" in refuse(capfd, "bench", "--model", model, "--begin", "policy", "--out", tmp_path / "other")
+    others = ("collect", "--preset", "debug", "--action-dim", 7, "--out", tmp_path / "others")
+    assert cli.main(words(*others)) == 0
+    wrong = ("imitate", "--preset", "debug", "--data", tmp_path / "others", "--model", model, "--out", tmp_path / "other")
+    assert "actions of the data have 7 numbers, the model's have 4" in refuse(capfd, *wrong)
     assert "reach is 0" in refuse(capfd, *args, "--reach", 0, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

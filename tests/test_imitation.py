@@ -1,11 +1,12 @@
 """Policies that imitate: what they learn from, that they learn, and how a model begins its search with one."""
 
 import numpy as np
+import pytest
 import torch
 
 from worldmodel.data import Frames
 from worldmodel.encoder import EncoderConfig, VideoEncoder
-from worldmodel.imitation import hindsight
+from worldmodel.imitation import _check_gripper, hindsight
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel, load
 from worldmodel.policy import Policy
@@ -61,6 +62,13 @@ def test_a_model_suggests_what_its_policy_does_in_what_it_imagines(tmp_path):
         assert torch.allclose(whole[1], part, atol=1e-5) and part.dim() == whole.dim() - 1
     assert torch.equal(both.actions[:, :2], model.suggest(now, goals, 2).actions)
     assert model.suggest(Features(now.patches), goals, 3) is None  # it needs the hand's own place
+
+
+def test_the_last_action_is_a_gripper():
+    _check_gripper(np.array([[0.3, -1.0], [0.2, 0.0], [0.1, 1.0], [0.0, 0.4]], np.float32))
+    for actions in (np.ones((4, 1)), np.full((4, 2), 0.4)):
+        with pytest.raises(ValueError, match="expected at least half"):
+            _check_gripper(actions.astype(np.float32))
 
 
 def test_goals_in_hindsight_lie_ahead_in_the_same_episode():

@@ -148,6 +148,22 @@ def test_a_gripper_stays_where_it_is_unless_that_pays():
     assert (still.actions[..., 3] == 0).all() and eager.actions[0, 0, 3] == -1
 
 
+def test_a_gripper_moves_as_the_warm_start_has_it_unless_another_way_pays():
+    def plan(costs, begun):  # of closing, holding and opening at the first step; a hold at the second
+        def cost(actions):
+            moved = actions[..., -1].round().long()
+            return torch.tensor(costs)[moved[:, :, 0] + 1] + 9.0 * (moved[:, :, 1] != 0)
+
+        start = torch.zeros(1, 2, 4)
+        start[0, 0, -1] = begun
+        return planner("cem", gripper="categorical", margin=0.2).plan(cost, start, seeded()).actions[0, :, -1].tolist()
+
+    assert plan([1.1, 1.0, 1.05], -1.0) == [-1.0, 0.0]  # holding and opening gain too little
+    assert plan([1.5, 1.0, 1.1], -1.0) == [0.0, 0.0]  # holding pays, and opening gains nothing over it
+    assert plan([1.5, 1.4, 1.0], -1.0) == [1.0, 0.0]
+    assert plan([1.1, 1.0, 1.05], 0.4) == [0.0, 0.0]  # what is no choice is a hold
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_fine_candidates_lie_near_the_warm_start_and_others_far(method):
     seen = []

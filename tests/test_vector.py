@@ -10,7 +10,9 @@ from planners.sampling import SamplingConfig, SamplingPlanner
 from planners.vector import VectorAgent
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import GoalEnergy
+from worldmodel.guide import Guide
 from worldmodel.model import LatentModel
+from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
 
 
@@ -37,7 +39,20 @@ def row(obs, i):
     return {key: value[i] for key, value in obs.items()}
 
 
-def test_each_decides_as_it_would_alone(world):
+def suggesting(world, begin) -> LatentModel:
+    """The same model with a policy, a guide, or neither."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        policy = Policy(16, 24, 7, 4, 8) if begin == "policy" else None
+        guide = Guide(7, 4) if begin == "guide" else None
+    if guide is not None:
+        guide.inverse[:3, :3] = 5 * torch.eye(3)
+    return LatentModel(world.encoder, world.predictor, guide=guide, policy=policy)
+
+
+@pytest.mark.parametrize("begin", ["policy", "guide", "nothing"])
+def test_each_decides_as_it_would_alone(world, begin):
+    world = suggesting(world, begin)
     goals, several, alone = pictures(3, 0), VectorAgent(make, world, 3), [make(world) for _ in range(3)]
     several.reset(goals)
     for i, agent in enumerate(alone):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel.data import replacing
 
 FORMAT = "worldmodel-1"
-MAKERS = {"encoder": "pretrain", "model": "train", "policy": "imitate", "calibration": "calibrate"}  # commands
+MAKERS = {"encoder": "pretrain", "model": "train", "calibration": "calibrate"}  # commands
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], config: dict, about: dict | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Policies that imitate, on the same frozen features as the world model: what its planner is compared with.
+"""Training of policies that imitate, on the same frozen features as the world model: where its planner's search begins.
 
 Goals are taken in hindsight: what an episode came to is what it was after (GCSL, arXiv 1912.06088). With goals up to
 an episode's end this is goal-conditioned behaviour cloning; with goals a step or three ahead, an inverse dynamics model.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldmodel.data import Dataset, Frames
 from worldmodel.interface import Encoder, Features
-from worldmodel.policy import Policy
+from worldmodel.policy import GRIPPER, Policy
 from worldmodel.train import identify, placed_features
 from worldmodel.training import Run, Stepper, gather, optimizer_for, set_rate
 
@@ -47,6 +47,16 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) 
     return now, now + rng.integers(1, np.minimum(left, reach) + 1)
 
 
+def _check_gripper(actions: np.ndarray) -> None:
+    """Raise ValueError where the last of the actions [F, A] is no gripper's, which closes, rests or opens."""
+    rests = np.abs(actions[:, -1:] - GRIPPER.numpy()).min(1) < 0.1
+    if actions.shape[1] < 2 or rests.mean() < 0.5:
+        raise ValueError(
+            f"the last of the data's {actions.shape[1]} actions is within 0.1 of -1, 0 or 1 at {rests.mean():.0%} of the steps; a policy "
+            "takes it for a gripper that closes, rests or opens: expected at least half, and a motion before it"
+        )
+
+
 def fit_policy(
     config: ImitationConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
     resume: bool = False, device: str = "cpu",
@@ -55,6 +65,7 @@ def fit_policy(
     train, held = data.split(0.03)
     frames, kept = (part.load(keys=("proprio", "actions")) for part in (train, held))
     features, kept_features = placed_features(encoder, (train, held), cache, device)
+    _check_gripper(frames.actions)
     sizes = encoder.config.patches, encoder.config.embed_dim, frames.proprio.shape[1], frames.actions.shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -34,8 +34,9 @@ class Policy(nn.Module):
 
     def forward(self, now: Features, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """now and goal patches [B, P, D] -> motion [B, A - 1], logits [B, 3] of close, hold, open, and steps to the goal [B]."""
-        proprio = (now.proprio - self.proprio_mean) / self.proprio_std
-        out = self.act(torch.cat((self.look(now.patches), self.look(goal), proprio), 1))
+        own = self.proprio_mean.dtype
+        proprio = (now.proprio.to(own) - self.proprio_mean) / self.proprio_std
+        out = self.act(torch.cat((self.look(now.patches.to(own)), self.look(goal.to(own)), proprio), 1)).float()
         return *out[:, :-1].tensor_split((-len(GRIPPER),), 1), STEPS * out[:, -1]
 
     @torch.no_grad()

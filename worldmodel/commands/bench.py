@@ -38,7 +38,7 @@ GUIDED = {  # the same where the model suggests the way
 }
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 16, 12), "pick-place-fragile": (12, 16, 12), "grasp": (12, 8)}  # long enough for every start of the task
-FOREIGN = ("planner", "random", "nothing")  # policies that can act in an environment of others
+FOREIGN = ("planner", "imitation", "random", "nothing")  # policies that can act in an environment of others
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
 
@@ -54,9 +54,9 @@ class Config:
     """what to do it with"""
     goal: Literal["final", "subgoals"] = "final"
     """what a planning policy is shown: a picture of the goal alone, or of all sub-goals on the way to it"""
-    begin: Literal["policy", "guide", "nothing"] = "policy"
-    """where the search for a plan begins: with what the model's policy would do; without one, or with guide, on the straight way; or
-    with what is left of the last plan"""
+    begin: Literal["policy", "guide", "nothing"] | None = None
+    """where the search for a plan begins; policy: with what the model's policy would do; guide: on the straight way; nothing: with what
+    is left of the last plan (default: the first of these that the model has; reach: guide)"""
     policy: Literal["planner", "simulator", "imitation", "expert", "random", "nothing"] = "planner"
     """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: the
     policy that `worldmodel imitate` trained, alone; expert: scripted"""
@@ -88,7 +88,7 @@ class Config:
     planner: Literal["cem", "icem", "mppi"] = "cem"
     """how to search"""
     samples: int | None = None
-    """candidate plans per iteration (default: 24; for a model without a guide, or of an environment that nobody here knows, 40; simulator: 24, or 48)"""
+    """candidate plans per iteration (default: 24; where the search begins with nothing, or of an environment that nobody here knows, 40; simulator: 24, or 48)"""
     iterations: int | None = None
     """refinements of a plan (default: 1, or 3; simulator: 2, or 3)"""
     elites: int | None = None
@@ -104,9 +104,9 @@ class Config:
     fine: float | None = None
     """noise of a candidate is scaled by a factor from here to 1, log-uniform (default: 0.1, or 1)"""
     hold: float = 0.6
-    """probability that the first candidates leave the gripper alone at a step"""
+    """probability that the first candidates move the gripper at a step as the search began"""
     margin: float = 0.2
-    """share of its energy that a plan must gain by moving the gripper, compared with itself without"""
+    """share of its energy that a plan must gain by moving the gripper otherwise than the search began"""
     eager_margin: float = 0.1
     """the same where the last steps brought no progress"""
     gripper: Literal["categorical", "gaussian"] = "categorical"
@@ -147,7 +147,7 @@ class Config:
     abstain: float = 0.0
     """share of the decisions that --gate random holds (0 to 1)"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; planner, random or nothing act there, and where `envs.peers` knows it, expert.
+    """an environment of others instead of the robot; planner, imitation, random or nothing act there, and where `envs.peers` knows it, expert.
     Those that it does not know have a final goal only"""
 
     def __post_init__(self):
@@ -162,7 +162,7 @@ class Config:
             raise ValueError("--gate on needs --calibration, which nothing else takes")
         if (self.gate == "random") != (self.abstain > 0) or not 0 <= self.abstain <= 1:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
-        if self.begin != "policy" and self.policy not in BUDGETS:
+        if self.begin and self.policy not in BUDGETS:
             raise ValueError(f"--begin {self.begin} is for policies that search for plans; {self.policy} makes none")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
@@ -175,7 +175,7 @@ class Config:
         able = FOREIGN + (("expert",) if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
-        if self.env.id and self.policy == "planner" and self.model is None:
+        if self.env.id and self.policy in ("planner", "imitation") and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
 
@@ -288,15 +288,17 @@ def resolved(config: Config) -> Config:
     names = ("samples", "iterations", "elites", "horizon", "std", "fine")
     unknown = config.env.id and config.env.ready is None
     path = config.model or model.shipped()
-    seeing = config.policy in BUDGETS and config.begin == "policy" and model.holds(path, "policy")
-    guided = config.policy in BUDGETS and not unknown and config.begin != "nothing" and (seeing or model.holds(path, "guide"))
+    begin = _begin(config, path) if config.policy in BUDGETS else None
+    guided = begin in ("policy", "guide") and not unknown
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    filled = {**budget, **given}
+    filled = {"begin": begin, **budget, **given}
     if "elites" not in given:
         filled["elites"] = min(filled["elites"], filled["samples"])
-    if config.policy == "imitation" and (config.goal_proprio or not model.holds(path, "policy")):
-        raise ValueError(f"imitation needs a model of `worldmodel imitate`, and takes no --goal-proprio; got {path}")
+    if config.policy == "imitation" and config.goal_proprio:
+        raise ValueError("--policy imitation takes goals as pictures alone; leave out --goal-proprio")
+    if config.policy == "imitation" and not model.holds(path, "policy"):
+        raise ValueError(f"{path} has no policy that imitates: make one with `worldmodel imitate`")
     if unknown:  # which has one goal, and no gripper to choose for
         config = dataclasses.replace(config, goal="final", gripper="gaussian")
     cautious = config.policy in BUDGETS and model.holds(path, "hazard")
@@ -305,7 +307,7 @@ def resolved(config: Config) -> Config:
     if config.risk_weight is None:
         filled["risk_weight"] = 0.2 if cautious else 0.0
     if config.energy is None:
-        filled["energy"] = "last" if seeing else "sum"
+        filled["energy"] = "last" if begin == "policy" else "sum"
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
@@ -313,6 +315,17 @@ def resolved(config: Config) -> Config:
         steps = config.env.ready.subgoal_steps if config.env.ready else SUBGOAL_STEPS.get(config.task, ())
         config = dataclasses.replace(config, subgoal_steps=steps)
     return config
+
+
+def _begin(config: Config, path: Path) -> str:
+    """Where the search for a plan begins. Raises ValueError where the config asks for what the model of a file has not."""
+    from worldmodel import model
+
+    able = [part for part in ("policy", "guide") if model.holds(path, part)] + ["nothing"]
+    if config.begin and config.begin not in able:
+        raise ValueError(f"--begin {config.begin}: {path} has none; expected one of {', '.join(able)} (`worldmodel imitate` makes a policy)")
+    reaches = config.task == "reach" and not config.env.id
+    return config.begin or ("guide" if reaches and "guide" in able else able[0])
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

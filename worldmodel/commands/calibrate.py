@@ -38,8 +38,8 @@ class Config(bench.Config):
     """calibration.safetensors to write"""
     episodes: int = 90
     """episodes to play: a third tells what pictures are usual, the others the limits"""
-    seed: int = 8000
-    """seed of the first one; below 10000, where benchmarks begin, and above 6999, up to which the shipped weights were trained"""
+    seed: int = 9500
+    """seed of the first one; below 10000, where benchmarks begin, and above 9499, up to which the shipped weights were trained"""
     workers: int = 1
     """number of processes; changes no result"""
     threads: int = 2

@@ -251,14 +251,14 @@ class Imitator:
         return action
 
 
-def load(path: Path, policy: str, begin: str = "policy") -> nn.Module:
+def load(path: Path, policy: str, begin: str | None = None) -> nn.Module:
     """The model of a file, with what a search is to begin with; for the simulator an encoder's file will do."""
     if policy == "simulator":
         with contextlib.suppress(ValueError):
             load_tensors(path, "encoder")
             return load_encoder(path)
     world = model.load(path)
-    if begin != "policy":
+    if begin in ("guide", "nothing"):
         world.policy = None
     if begin == "nothing":
         world.guide = None
@@ -374,7 +374,7 @@ def _judgements(config, record: run.Record, steps: list[dict]) -> dict[str, Any]
 
 def _film(config, record: run.Record, steps: list[dict]) -> Film:
     told = config.goal == "subgoals" and config.policy not in SCRIPTED
-    goals = record.subgoals if told else [record.goal] * (1 + max(step["subgoal"] for step in steps))
+    goals = record.subgoals if told else [record.goal]
     return Film(
         record.obs["pixels"],
         [goal["pixels"] for goal in goals],

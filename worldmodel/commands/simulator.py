@@ -1,7 +1,8 @@
 """The true dynamics behind the world model's interface: what a planner would do if its model made no mistake.
 
 With the same rendered and encoded energy as for a learned model, it separates errors of the planner and the energy from
-errors of the model.
+errors of the model. A model's policy, where there is one, still looks ahead in what the model imagines: where the search begins,
+and what it looks for, are the learned model's.
 """
 
 from __future__ import annotations
