@@ -272,8 +272,9 @@ def _settle(cost: Cost, nominal: Tensor, best: Tensor, centre: Tensor, config: S
     candidates differ by more than their gripper, whose part in the cost may be small, so the centre is compared with itself,
     without any motion of the gripper, and with one motion at each step. Of those that are equal within the margin, none is
     taken rather than a motion, and of motions the latest where it closes, for a grasp can be made up later, a wrong one often
-    not be undone; and the earliest where it opens, for a hand that moves off first drops from higher. The cheapest of the three is taken where it is better than that by the margin, or the nominal
-    one where it is better at all. All are evaluated once more, side by side.
+    not be undone; and the earliest where it opens, for a hand that moves off first drops from higher. The cheapest of the
+    three is taken where it is better than that by the margin, or the nominal one where it is better at all. All are
+    evaluated once more, side by side.
     """
     chosen, horizon, plans = _choices(config), nominal.shape[1], [nominal, best, centre]
     if chosen:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from worldmodel.data import Dataset, Frames
-from worldmodel.interface import Encoder, Features
+from worldmodel.interface import Features
+from worldmodel.model import LatentModel
 from worldmodel.policy import GRIPPER, Policy
 from worldmodel.train import identify, placed_features
 from worldmodel.training import Run, Stepper, gather, optimizer_for, set_rate
@@ -47,6 +48,14 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) 
     return now, now + rng.integers(1, np.minimum(left, reach) + 1)
 
 
+def _check_robot(frames: Frames, model: LatentModel) -> None:
+    """Raise ValueError where the data is of another robot than a model's."""
+    known = model.predictor.config
+    for name, have, want in (("proprio", frames.proprio, known.proprio_dim), ("actions", frames.actions, known.action_dim)):
+        if have.shape[1] != want:
+            raise ValueError(f"{name} of the data have {have.shape[1]} numbers, the model's have {want}; give data of the model's robot")
+
+
 def _check_gripper(actions: np.ndarray) -> None:
     """Raise ValueError where the last of the actions [F, A] is no gripper's, which closes, rests or opens."""
     rests = np.abs(actions[:, -1:] - GRIPPER.numpy()).min(1) < 0.1
@@ -58,14 +67,16 @@ def _check_gripper(actions: np.ndarray) -> None:
 
 
 def fit_policy(
-    config: ImitationConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
+    config: ImitationConfig, model: LatentModel, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
     resume: bool = False, device: str = "cpu",
 ) -> tuple[Policy, dict] | None:  # fmt: skip
-    """Train in the folder `out`; None when `minutes` ended first (resume to go on). Also what it scores, held out."""
+    """Train a policy for a model in the folder `out`; None when `minutes` ended first (resume to go on). Also what it scores, held out."""
     train, held = data.split(0.03)
     frames, kept = (part.load(keys=("proprio", "actions")) for part in (train, held))
-    features, kept_features = placed_features(encoder, (train, held), cache, device)
+    encoder = model.encoder
+    _check_robot(frames, model)
     _check_gripper(frames.actions)
+    features, kept_features = placed_features(encoder, (train, held), cache, device)
     sizes = encoder.config.patches, encoder.config.embed_dim, frames.proprio.shape[1], frames.actions.shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -66,11 +66,7 @@ def run(config: Config) -> dict:
     world = model.load(config.model)
     recipe, cache = ImitationConfig(**shared(config, ImitationConfig)), config.cache or config.data[0] / "features"
     data, device = Dataset.open(config.data), usable(config.device)
-    frames, known = data.load(keys=("proprio", "actions")), world.predictor.config
-    for name, have, want in (("proprio", frames.proprio, known.proprio_dim), ("actions", frames.actions, known.action_dim)):
-        if have.shape[1] != want:
-            raise ValueError(f"{name} of the data have {have.shape[1]} numbers, the model's have {want}; give data of the model's robot")
-    made = fit_policy(recipe, world.encoder, data, config.out, cache, config.minutes, config.resume, device)
+    made = fit_policy(recipe, world, data, config.out, cache, config.minutes, config.resume, device)
     if made is None:
         return {"finished": False, "run": str(config.out)}
     world.policy, world.about["policy"] = made
