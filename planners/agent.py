@@ -23,6 +23,9 @@ from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdic
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel
 
 
+SMALLER = 0.5, 0.25  # of a refused plan's motion, in this order, the gripper as planned
+
+
 @dataclass(frozen=True)
 class AgentConfig(CourseConfig):
     """How an agent looks ahead and moves on. Raises ValueError for values that make no sense."""
@@ -261,13 +264,18 @@ class Agent:
             cautious = careful.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
 
+        gripper = list(getattr(self.planner, "choices", ()))
+
         def instead(action: Tensor, answer: str) -> Decision:
             """Of other actions [A] or [1, H, A] than those of the last plan."""
             actions = action.to(plan.actions).expand_as(plan.actions)
             return self._judged(replace(decision.plan, actions=actions, cost=cost(actions[:, None])[:, 0]), context, observed, answer)
 
-        if not decision.verdict.go:
-            decision = instead(decision.plan.actions / 2, "smaller step")
+        for share in SMALLER:
+            if not decision.verdict.go:
+                smaller = plan.actions * share
+                smaller[..., gripper] = plan.actions[..., gripper]
+                decision = instead(smaller, "smaller step")
         if not decision.verdict.go and config.retreat:
             decision = instead(torch.tensor(config.retreat), "retreat")
         if not decision.verdict.go:  # what runs is the fallback, and what is expected is what follows from that

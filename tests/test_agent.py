@@ -348,6 +348,8 @@ def test_a_refused_plan_is_answered_with_a_safer_one():
     smaller = go(agent_of(gate=Limited(0.6)), Plane(), 1, FAR)[0]
     assert smaller.answer == "smaller step" and 0.3 < np.abs(smaller.action).max() <= 0.6
     assert smaller.verdict.go
+    least = go(agent_of(gate=Limited(0.3)), Plane(), 1, FAR)[0]
+    assert least.answer == "smaller step" and 0.1 < np.abs(least.action).max() <= 0.3
     back = AgentConfig(retreat=(-0.1, 0.0))
     assert [d.answer for d in go(agent_of(config=back, gate=Limited(0.2)), Plane(), 2, FAR)] == ["retreat"] * 2
     assert np.array_equal(go(agent_of(config=back, gate=Limited(0.2)), Plane(), 1, FAR)[0].action, np.float32([-0.1, 0.0]))

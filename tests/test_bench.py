@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image
 import envs
 from planners.agent import Agent, AgentConfig
 from planners.sampling import SamplingConfig, SamplingPlanner
-from worldmodel.commands import bench, cli
+from worldmodel.commands import bench, cli, suite
 from worldmodel.commands.bench import Config, wilson
-from worldmodel.commands.policies import Paced, Player, goals
+from worldmodel.commands.policies import Paced, Player, goals, strayed
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.data import Dataset
 from worldmodel.encoder import EncoderConfig, VideoEncoder
@@ -316,3 +317,44 @@ def test_on_a_gpu_it_decides_the_same(model_file, tmp_path):
     assert runs[0]["episodes"] == runs[1]["episodes"]
     first = [json.loads((tmp_path / name / "results.json").read_text())["episodes"][0]["energy"][0] for name in ("cpu", "cuda")]
     assert first[0] == pytest.approx(first[1], rel=0.02)
+
+
+def test_a_policy_strays_as_often_as_it_is_told_within_what_may_be_done():
+    rng, action = np.random.default_rng(0), np.array([1.0, -0.5, 0.2, -1.0], np.float32)
+    others = np.array([strayed(action, rng) for _ in range(300)])
+    up = (others == [0, 0, 0.5, 0]).all(1)
+    assert 0.1 < up.mean() < 0.3 and np.abs(others).max() <= 1 and (others[~up, -1] == -1).all()
+    shorter = np.abs(others[~up, :3]).max(1) < 0.99
+    assert 0.5 < shorter.mean() and (action == [1.0, -0.5, np.float32(0.2), -1.0]).all()
+    with pytest.raises(ValueError, match="--policy imitation"):
+        Config(Path("out"), stray=0.3)
+    with pytest.raises(ValueError, match="0 to 1"):
+        Config(Path("out"), policy="imitation", stray=1.5)
+
+
+def test_a_suite_is_rows_of_benchmarks_in_one_table(tmp_path, capfd, monkeypatch):
+    (tmp_path / "own.yaml").write_text("rows: [--task reach --policy nothing --episodes 2 --max-steps 2, --task reach --policy expert --episodes 1]")
+    (tmp_path / "torn.yaml").write_text("rows: nothing")
+    (tmp_path / "wrong.yaml").write_text("rows: [--task reach --policy magic]")
+    monkeypatch.setattr(suite, "SUITES", tmp_path)
+    out = str(tmp_path / "out")
+    assert cli.main(["bench", "--suite", "own", "--seed", "100", "--out", out, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert [row["success_rate"] for row in told["rows"].values()] == [0.0, 1.0]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.count("\n") == 4 and "| `--task reach --policy expert --episodes 1` | 1 | 100.0% | 21% to 100% | 0.0% |" in table
+    assert cli.main(["bench", "--suite", "own", "--seed", "100", "--out", out]) == 0  # which plays nothing again
+    assert "table.md" in capfd.readouterr().out
+    for flags, expected in {
+        "--suite none": "known are own, torn, wrong", "--suite torn": "has no rows", "--suite wrong": "'planner', 'simulator'",
+        "--suite own --episodes 3": "leave --episodes",
+    }.items():  # fmt: skip
+        assert cli.main(["bench", *flags.split(), "--out", str(tmp_path / "other")]) == 2
+        assert expected in capfd.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in suite.SUITES.glob("*.yaml")])
+def test_rows_of_the_suites_are_benchmarks(name):
+    for row in suite.rows_of(name):
+        assert isinstance(suite.parsed(row, Path("out"), bench), bench.Config)

@@ -14,9 +14,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from worldmodel import data
 from worldmodel.commands import cli, collect
+from worldmodel.model import load
 
 ROOT = Path(__file__).parent.parent
 EXISTING = [name for name in cli.COMMANDS if importlib.util.find_spec(f"worldmodel.commands.{name}")]
@@ -516,6 +518,19 @@ def test_a_policy_that_imitates_is_trained_and_benched(model, dataset, tmp_path,
     wrong = ("imitate", "--preset", "debug", "--data", tmp_path / "others", "--model", model, "--out", tmp_path / "other")
     assert "actions of the data have 7 numbers, the model's have 4" in refuse(capfd, *wrong)
     assert "reach is 0" in refuse(capfd, *args, "--reach", 0, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@needs("hazard")
+def test_a_hazard_head_is_trained_on_what_was_played(model, dataset, tmp_path, capfd):
+    args = words("hazard", "--preset", "debug", "--data", dataset, "--model", model, "--cache", tmp_path / "cache", "--seed", 1)
+    assert cli.main([*args, "--out", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    before, after = load(model), load(told["model"])
+    assert torch.equal(before.predictor.place, after.predictor.place)
+    assert not torch.equal(before.hazard.out.weight, after.hazard.out.weight)
+    assert "not empty" in refuse(capfd, *args, "--out", tmp_path / "run")
+    assert "epochs is 0" in refuse(capfd, *args, "--epochs", 0, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

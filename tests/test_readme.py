@@ -38,7 +38,7 @@ LOOP, SEVERAL, RECORDER = blocks("python")
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
 def test_commands_parse(words):
-    shared, flags = cli._shared_flags(words[2:])
+    shared, flags = cli.shared_flags(words[2:])
     module = importlib.import_module(f"worldmodel.commands.{words[1]}")
     assert isinstance(cli.parse(words[1], module, flags, shared.preset), module.Config)
 

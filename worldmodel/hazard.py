@@ -7,6 +7,7 @@ and on what the predictor imagines of it, by turns: a planner asks it about the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,19 +58,23 @@ class Hazard(nn.Module):
 
 
 def fit_hazard(
-    sources: Sequence[Outcomes], frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 256, rate: float = 1e-3, seed: int = 0
-) -> Hazard:
+    sources: Sequence[Outcomes], frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 256, rate: float = 1e-3, seed: int = 0,
+    start: Hazard | None = None,
+) -> Hazard:  # fmt: skip
     """A head trained on all steps of frames, with outcomes of each source by turns; unsafe [F] events in the step before a frame.
 
-    It is on the device of the outcomes' patches.
+    It begins as `start`, which stays as it is, or with random weights, and is on the device of the outcomes' patches.
     """
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])  # all frames but the first of each episode
     targets = torch.from_numpy((unsafe[after] > 0).astype(np.float32))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = Hazard(*sources[0].patches.shape[:0:-1], frames.proprio.shape[1], frames.actions.shape[1])
-    head.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
-    head.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
+    if start is not None:
+        head = copy.deepcopy(start).requires_grad_(True).train()
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            head = Hazard(*sources[0].patches.shape[:0:-1], frames.proprio.shape[1], frames.actions.shape[1])
+        head.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
+        head.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
     device = _device_of(sources[0])
     head, targets = head.to(device), targets.to(device)
     steps = max(10, epochs * len(after) // batch)

@@ -48,7 +48,7 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) 
     return now, now + rng.integers(1, np.minimum(left, reach) + 1)
 
 
-def _check_robot(frames: Frames, model: LatentModel) -> None:
+def check_robot(frames: Frames, model: LatentModel) -> None:
     """Raise ValueError where the data is of another robot than a model's."""
     known = model.predictor.config
     for name, have, want in (("proprio", frames.proprio, known.proprio_dim), ("actions", frames.actions, known.action_dim)):
@@ -74,7 +74,7 @@ def fit_policy(
     train, held = data.split(0.03)
     frames, kept = (part.load(keys=("proprio", "actions")) for part in (train, held))
     encoder = model.encoder
-    _check_robot(frames, model)
+    check_robot(frames, model)
     _check_gripper(frames.actions)
     features, kept_features = placed_features(encoder, (train, held), cache, device)
     sizes = encoder.config.patches, encoder.config.embed_dim, frames.proprio.shape[1], frames.actions.shape[1]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from worldmodel.data import Dataset, Frames, keys_of, read_episode
 from worldmodel.encoder import autocast
 from worldmodel.guide import fit_guide
-from worldmodel.hazard import LABEL, Outcomes, fit_hazard, judge_hazard
+from worldmodel.hazard import LABEL, Hazard, Outcomes, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
@@ -300,13 +300,8 @@ def train(
     scores |= {f"reader_rmse/{i}": error for i, error in enumerate(wrong)}
     hazard = None
     if has(data, LABEL):
-        unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
-            told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), config.seed) for name in parts}
-            hazard = fit_hazard([seen["train"], told["train"]], first, unsafe["train"], seed=config.seed)
-            scores |= judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
-            hazard.cpu()
+        hazard, told = learn_hazard(predictor, features, parts, frames, out, config.seed)
+        scores |= told
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     model = LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first))
@@ -315,6 +310,23 @@ def train(
         model.about |= {"policy": start.about["policy"]} if "policy" in start.about else {}
     model.save(out / "model.safetensors")
     return out / "model.safetensors"
+
+
+def learn_hazard(
+    predictor: Predictor, features: dict[str, np.ndarray | Tensor], parts: dict[str, Dataset], frames: dict[str, Frames], scratch: Path,
+    seed: int, epochs: int = 6, start: Hazard | None = None,
+) -> tuple[Hazard, dict[str, float]]:  # fmt: skip
+    """A hazard head from the steps of `train`, as seen and as a predictor imagines them, and what it is worth on those of `held`.
+
+    Each dictionary has both; what is imagined lies in the folder `scratch` meanwhile.
+    """
+    unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
+        told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), seed) for name in parts}
+        hazard = fit_hazard([seen["train"], told["train"]], frames["train"], unsafe["train"], epochs, seed=seed, start=start)
+        scores = judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
+    return hazard.cpu(), scores
 
 
 def _reader_of(features: dict[str, np.ndarray | Tensor], frames: dict[str, Frames], seed: int) -> tuple[AttentiveProbe, list[float]]:

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from envs.foreign import Foreign
 from worldmodel import data
-from worldmodel.commands import abstention, workers
+from worldmodel.commands import abstention, suite, workers
 from worldmodel.commands.collect import Level, Task, as_data
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
@@ -72,6 +73,9 @@ class Config:
     """how many episodes to show as animated WebP beside the results"""
     record: bool = False
     """also keep the episodes as a dataset in OUT/data, to train on what a planner sees and does"""
+    stray: float = 0.0
+    """share of the steps at which --policy imitation does something else than it would, shorter, aside or up, for --record: what a
+    hazard head must know to judge other plans than a policy's own (0 to 1)"""
     workers: int = 1
     """number of processes; changes no result, but where the clock counts: --realtime"""
     threads: int = 1
@@ -146,6 +150,8 @@ class Config:
     """calibration.safetensors of `worldmodel calibrate`, for this task, model and planner"""
     abstain: float = 0.0
     """share of the decisions that --gate random holds (0 to 1)"""
+    suite: str | None = None
+    """instead of one benchmark all those of assets/suites/SUITE.yaml, as one table in OUT/table.md; takes --seed, --workers and --threads"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; planner, imitation, random or nothing act there, and where `envs.peers` knows it, expert.
     Those that it does not know have a final goal only"""
@@ -164,6 +170,8 @@ class Config:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
         if self.begin and self.policy not in BUDGETS:
             raise ValueError(f"--begin {self.begin} is for policies that search for plans; {self.policy} makes none")
+        if self.stray and (self.policy != "imitation" or not 0 < self.stray <= 1):
+            raise ValueError(f"stray is {self.stray}: expected 0 to 1, and --policy imitation")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
@@ -183,6 +191,8 @@ def run(config: Config) -> dict:
     """Play what is missing, and return the config and the summary."""
     from worldmodel.commands.policies import Player
 
+    if config.suite is not None:
+        return suite.run(config, sys.modules[__name__])
     if config.trajectory is not None:
         return _offline(config)
     config = resolved(config)
@@ -247,6 +257,8 @@ def _offline(config: Config) -> dict:
 
 def report(result: dict) -> str:
     """The same for people."""
+    if "table" in result:
+        return f"{result['table']}\n{result['out']}/table.md"
     if "trajectory" in result:
         return (
             f"{result['steps']} recorded steps of {result['trajectory']}: planned translations are {result['error_mm']:.0f} mm from the "
@@ -369,7 +381,7 @@ def _identity(config: Config) -> dict:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_THE_RUN}
     if not config.env.id:
         del fields["env"]
-    del fields["trajectory"]
+    del fields["trajectory"], fields["suite"]
     if config.realtime:  # how often a decision is late depends on who shares the processor
         fields["workers"] = config.workers
     from worldmodel.checkpoint import sha256_of

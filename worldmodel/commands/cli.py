@@ -32,6 +32,7 @@ COMMANDS = {
     "pretrain": "pretrain the video encoder on episodes",
     "train": "train the predictor on features of a frozen encoder",
     "imitate": "train a policy that sees a goal, where a model's search for a plan begins",
+    "hazard": "train a model's judgement of what goes wrong on steps of those who ask it",
     "probe": "measure what an encoder's features know of the scene",
     "examine": "measure what a model imagines, and where its energy is low",
     "calibrate": "find the safety gate's limits from a planner's own decisions",
@@ -56,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         (sys.stdout if args else sys.stderr).write(_overview() + "\n")
         return 0 if args else 2
-    shared, rest = _shared_flags(args[1:])
+    shared, rest = shared_flags(args[1:])
     _keep_memory()
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     for package in ("worldmodel", "planners", "envs"):
@@ -110,7 +111,7 @@ def shared(config, recipe: type) -> dict[str, typing.Any]:
 
 def presets(command: str) -> list[str]:
     """Names of a command's presets, those of whole pipelines that have a part for it included."""
-    pipelines = [path for path in PRESETS.glob("*.yaml") if command in _yaml(path)]
+    pipelines = [path for path in PRESETS.glob("*.yaml") if command in read_yaml(path)]
     return sorted(path.stem for path in [*(PRESETS / command).glob("*.yaml"), *pipelines])
 
 
@@ -131,7 +132,8 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"worldmodel.commands.{command}")
 
 
-def _shared_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def shared_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What words after a command say of it all, preset, json and debug_traceback, and the others."""
     parser = argparse.ArgumentParser(prog="worldmodel", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--json", action="store_true")
@@ -166,7 +168,7 @@ def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> l
     if whole.suffix != ".yaml":
         whole = PRESETS / f"{preset}.yaml"
     if path.is_file():
-        values = _yaml(path)
+        values = read_yaml(path)
     elif whole.is_file():
         path, values = whole, _part(command, whole, known)
     else:
@@ -186,7 +188,7 @@ def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> l
 
 def _part(command: str, path: Path, known: dict[str, type]) -> dict:
     """What the preset of a whole pipeline says to a command: what stands under its name, and `env` if it has environments."""
-    values = _yaml(path)
+    values = read_yaml(path)
     if strange := [str(key) for key in values if key != "env" and key not in COMMANDS]:
         raise ValueError(f"{path} has unknown key {strange[0]!r}; expected env, and commands: {', '.join(COMMANDS)}")
     own = values.get(command)
@@ -196,7 +198,7 @@ def _part(command: str, path: Path, known: dict[str, type]) -> dict:
     return shared | own
 
 
-def _yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
     """Keys and values of a file. Raises ValueError where it holds something else."""
     import yaml
 

@@ -38,7 +38,7 @@ from worldmodel.hub import load_encoder
 from worldmodel.interface import Features, WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
-NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record")  # what
+NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite")  # what
 # a calibration does not depend on
 PERIOD = 0.2  # s, of the environment's steps
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
@@ -121,7 +121,7 @@ class Player:
         """An agent as the config says, of this player's model, or of what acts for it."""
         config = self.config
         if config.policy == "imitation":
-            return Imitator(world, config.subgoal_steps)
+            return Imitator(world, config.subgoal_steps, config.stray)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
             scale = tuple((2 * self.model.predictor.proprio_std).tolist())
@@ -225,11 +225,12 @@ class Imitated:
 class Imitator:
     """Lets a model's policy act alone from goal picture to goal picture, by their step budgets alone.
 
-    An Agent also moves on early, and back to the first one, by an energy, which these policies have not.
+    An Agent also moves on early, and back to the first one, by an energy, which these policies have not. At a share `stray` of
+    its steps it does something else.
     """
 
-    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...]) -> None:
-        self.model, self._steps = world, subgoal_steps
+    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], stray: float = 0.0) -> None:
+        self.model, self._steps, self._stray = world, subgoal_steps, stray
         self.last: Imitated | None = None
 
     def reset(self, goals: list[dict], seed: int) -> None:
@@ -237,7 +238,7 @@ class Imitator:
         if len(goals) > 1 and len(self._steps) != len(goals):
             raise ValueError(f"subgoal_steps has {len(self._steps)} entries for {len(goals)} sub-goals; expected one for each")
         self._goals = [self.model.encode(goal).patches for goal in goals]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator, self._rng = torch.Generator().manual_seed(seed), np.random.default_rng((seed, 2))
         self._step = 0
 
     def act(self, obs: dict) -> np.ndarray:
@@ -246,9 +247,27 @@ class Imitator:
         subgoal = min(int((np.cumsum(self._steps) <= self._step).sum()), len(self._goals) - 1)
         now = Features(*(x[None] for x in self.model.encode(obs)))
         action = self.model.policy.choose(now, self._goals[subgoal][None], self._generator)[0].numpy()
+        if self._stray and self._rng.random() < self._stray:
+            action = strayed(action, self._rng)
         self._step += 1
         self.last = Imitated(subgoal, time.perf_counter() - start)
         return action
+
+
+def strayed(action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What else might be done in place of an action [A]: as a rule less of its motion, else some more besides, or a way up.
+
+    So do a gate's answers to a plan, and plans that are searched around a policy's.
+    """
+    kind, other = rng.random(), action.copy()
+    if kind < 0.6:
+        other[:-1] *= rng.random()
+    elif kind < 0.8:
+        other[:-1] += rng.normal(0.0, 0.3, len(action) - 1)
+    else:
+        other[:] = 0.0
+        other[2] = 0.5
+    return other.clip(-1, 1)
 
 
 def load(path: Path, policy: str, begin: str | None = None) -> nn.Module:

@@ -1,0 +1,81 @@
+"""Train a model's hazard head further: how likely a step is to go wrong, for what a planner weighs and a gate refuses.
+
+`worldmodel train` makes one from all of its data. One that knows the steps of those who will ask it tells them better:
+`worldmodel bench --policy imitation --record` keeps a policy's own, with what went wrong. Writes OUT/model.safetensors, the given
+model with its head as trained here; all else stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train on, how long, and where to."""
+
+    data: tuple[Path, ...]
+    """one or more folders of episodes with what was unsafe; the last 3 % of each one's are held out"""
+    out: Path
+    """folder of the result; new or empty"""
+    model: Path | None = None
+    """model.safetensors whose head goes on, or which gets one (None: the shipped model)"""
+    cache: Path | None = None
+    """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
+    threads: int = 2
+    """processor threads; the number is part of what makes two runs bit-equal"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where it trains: cpu, cuda"""
+    epochs: int = 25
+    """passes over the steps of the data, as seen and as imagined by turns"""
+    seed: int = 0
+    """seed of weights and order"""
+
+    def __post_init__(self):
+        for name in ("threads", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def run(config: Config) -> dict:
+    """Train, and return where the model is and what the head is worth on held-out episodes."""
+    import torch
+
+    from worldmodel import model
+    from worldmodel.commands import workers
+    from worldmodel.data import Dataset
+    from worldmodel.encoder import usable
+    from worldmodel.hazard import LABEL
+    from worldmodel.imitation import check_robot
+    from worldmodel.train import has, identify, learn_hazard, placed_features
+
+    torch.set_num_threads(config.threads)
+    world, data, device = model.load(config.model), Dataset.open(config.data), usable(config.device)
+    if not has(data, LABEL):
+        raise ValueError(f"not all episodes of {', '.join(map(str, config.data))} say what was unsafe: expected {LABEL} in each")
+    if config.out.exists() and any(config.out.iterdir()):
+        raise FileExistsError(f"{config.out} is not empty; choose another --out")
+    parts = dict(zip(("train", "held"), data.split(0.03)))
+    frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
+    check_robot(frames["train"], world)
+    with workers.owned(config.out, "hazard") as folder:
+        cache = config.cache or config.data[0] / "features"
+        features = dict(zip(parts, placed_features(world.encoder, list(parts.values()), cache, device)))
+        world.predictor.to(device)
+        world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, folder, config.seed, config.epochs, world.hazard)
+        world.predictor.cpu()
+        recipe = {"data": data.fingerprint, "encoder": identify(world.encoder), "epochs": config.epochs, "seed": config.seed}
+        world.about["hazard"] = {"recipe": recipe, "held_out": scores}
+        path = folder / "model.safetensors"
+        world.save(path)
+    return {"model": str(path), **scores}
+
+
+def report(result: dict) -> str:
+    """The same for people."""
+    return (
+        f"{result['model']}: area under the ROC curve {result['hazard_auroc']:.3f}, expected calibration error {result['hazard_ece']:.3f}, on "
+        f"imagined steps of held-out episodes, of which {result['hazard_rate']:.1%} went wrong"
+    )
