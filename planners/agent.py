@@ -35,7 +35,7 @@ class AgentConfig(CourseConfig):
     looks: int = 8  # sampled futures of the chosen plan, for `Decision.imagined`, its spread and the gate
     chunk: int = 512  # futures imagined at once; bounds memory
     risk_weight: float = 0.2  # of the probability that a step goes wrong, in the cost, where the agent has a hazard
-    caution: float = 2.0  # the same of the plan that is made when the gate has refused one
+    caution: float = 10.0  # the same of the plan that is made when the gate has refused one
     readings: int = 5  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
     refusals: int = 10  # holds in a row after which it hands over

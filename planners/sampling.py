@@ -110,11 +110,10 @@ class SamplingPlanner:
 
     @property
     def careful(self) -> SamplingPlanner:
-        """The same, but one that looks about at least as much as by default: for where what lies near has been refused."""
+        """The same, but one that searches at least as long as by default; no further off, where what a gate goes by is known less."""
         config, least = self.config, SamplingConfig()
-        more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites", "fine")}
-        std = config.std if isinstance(config.std, tuple) else max(config.std, least.std)
-        return replace(self, config=replace(config, std=std, **more))
+        more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites")}
+        return replace(self, config=replace(config, **more))
 
     @torch.no_grad()
     def plan(self, cost: Cost, warm_start: Tensor, generator: torch.Generator) -> Plan:
