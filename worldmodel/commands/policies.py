@@ -266,7 +266,8 @@ def strayed(action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         other[:-1] += rng.normal(0.0, 0.3, len(action) - 1)
     else:
         other[:] = 0.0
-        other[2] = 0.5
+        if len(action) > 3:
+            other[2] = 0.5
     return other.clip(-1, 1)
 
 

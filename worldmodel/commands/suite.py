@@ -22,12 +22,15 @@ def run(config, bench: ModuleType) -> dict:
     """
     given = [f.name for f in dataclasses.fields(config) if f.name not in TAKEN and getattr(config, f.name) != f.default]
     if given:
-        raise ValueError(f"--suite {config.suite} says itself what to play: leave --{given[0].replace('_', '-')}, and give --{', --'.join(TAKEN)}")
+        raise ValueError(
+            f"--suite {config.suite} takes --{', --'.join(TAKEN[:-1])}, and says itself what to play: leave --{given[0].replace('_', '-')}"
+        )
     rows, results = rows_of(config.suite), []
     own = [parsed(row, config.out / slug(row), bench) for row in rows]  # notices what is wrong before anything is played
     for row in own:
         same = {name: getattr(config, name) for name in ("workers", "threads", "seed")}
-        results.append(bench.run(dataclasses.replace(row, **same)) | {"minutes": _minutes(row.model)})
+        minutes = _minutes(row.model) if row.policy in bench.TOLD else None
+        results.append(bench.run(dataclasses.replace(row, **same)) | {"minutes": minutes})
     text = table(rows, results)
     with data.replacing(config.out / "table.md") as file:
         file.write((text + "\n").encode())
@@ -56,7 +59,7 @@ def table(rows: list[str], results: list[dict]) -> str:
     lines = [head, ["---"] * len(head)]
     for row, result in zip(rows, results):
         low, high = result["success_ci95"]
-        minutes = "-" if result["minutes"] is None or result["policy"] in ("nothing", "random", "expert") else f"{result['minutes']:.0f} min"
+        minutes = "-" if result["minutes"] is None else f"{result['minutes']:.0f} min"
         lines.append([
             f"`{row}`", str(result["episodes"]), f"{result['success_rate']:.1%}", f"{low:.0%} to {high:.0%}", f"{result['unsafe_rate']:.1%}",
             f"{result['decision_seconds']['median']:.3f} s", minutes,
