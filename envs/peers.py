@@ -45,6 +45,27 @@ def _undone(model: Any, data: Any) -> Iterator[None]:
         mujoco.mj_setState(model, data, before, kind)  # mj_forward has touched the warm start
 
 
+def coarsen(model: Any, grain: float) -> None:
+    """Have a MuJoCo model's meshes drawn with fewer faces, before a renderer is made: vertices within a cell of `grain` m fall together.
+
+    Nothing but the drawing knows these faces: contacts are those of convex hulls, which stay. Vertex clustering (Rossignac
+    and Borrel, 1993).
+    """
+    for mesh in range(model.nmesh):
+        vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
+        cells = np.floor(model.mesh_vert[vertices] / grain).astype(int)
+        _, first, cell = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+        begin, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
+        faces = first[cell.ravel()][model.mesh_face[begin : begin + count]]  # [faces, 3]
+        ordered = np.sort(faces, 1)
+        _, once = np.unique(ordered, axis=0, return_index=True)
+        kept = np.sort(once[(np.diff(ordered[once], axis=1) > 0).all(1)])
+        model.mesh_face[begin : begin + len(kept)] = faces[kept]
+        for what in (model.mesh_facenormal, model.mesh_facetexcoord):
+            what[begin : begin + len(kept)] = what[begin + kept]
+        model.mesh_facenum[mesh] = len(kept)
+
+
 class Fetch(gym.Wrapper):
     """FetchPickAndPlace whose gripper keeps to what it was last told, with pictures of goals and without the goal's mark.
 
@@ -155,7 +176,8 @@ class Cube(gym.Wrapper):
     """
 
     CONTROLS = 12  # control steps in which fingers close
-    SHADOWS = 1024  # pixels of the map that shadows are drawn from; with the 4096 of its own a picture takes half as long again
+    SHADOWS = 1024  # pixels of the map that shadows are drawn from, instead of 4096
+    GRAIN = 0.004  # m, half a pixel: detail of meshes that is not drawn. Both make a picture three to four times as fast
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -190,6 +212,7 @@ class Cube(gym.Wrapper):
 
     def _begin_to_draw(self) -> None:
         self._own._model.vis.quality.shadowsize = self.SHADOWS
+        coarsen(self._own._model, self.GRAIN)
         self._draws()
 
     def close(self) -> None:
