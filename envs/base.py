@@ -13,7 +13,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from envs.control import MAX_OPENING, STEP_SECONDS, ControlState, Controller, euler_from_down
+from envs.control import STEP_SECONDS, ControlState, Controller, euler_from_down
 from envs.randomize import LEVELS, MOVES_AT, Randomizer, Variation
 from envs.scene import CAMERAS, OBJECTS, Contacts, Scene
 from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
@@ -38,7 +38,7 @@ class EnvConfig:
     cameras: tuple[str, ...] = ("front",)  # front, side, wrist; several are put side by side: pixels [h, w * views, 3]
     action_dim: int = 4  # 4: dx, dy, dz, gripper; 7: dx, dy, dz, rotation vector, gripper
     max_steps: int = 40  # control steps of 0.2 s until truncation
-    randomization: str = "none"  # none, mild, strong, or one of randomize.SHIFTS
+    randomization: str = "none"  # one of randomize.LEVELS
     render_goals: bool = True  # False: goals carry no pixels; for collecting data
     stop_on_success: bool = True  # False: an episode goes on until max_steps
     render_observations: bool = True  # False: they carry qpos instead of pixels, which `Scene.film` draws afterwards

@@ -118,7 +118,7 @@ def adapt(
     env: its pixels are in its observation, or it renders rgb_array. proprio: of its observation, float [S] (default: an
     entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
-    of sub-goals that ends with it (default: where random actions lead). success: of observation, goal and info (default: config.tolerance, else what its
+    of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot). success: of observation, goal and info (default: config.tolerance, else what its
     info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
@@ -226,7 +226,8 @@ class Adapted(gym.Env):
             if self.distance(self._observe(obs, pixels=False), start) >= max(self.config.least, self.config.tolerance):
                 return self._observe(obs)
         raise ValueError(
-            f"no goal of {_TRIES} is {self.config.least} away from the start of seed {seed}; give more goal_steps, or a smaller least"
+            f"no goal of {_TRIES} is {max(self.config.least, self.config.tolerance)} away from the start of seed {seed}; give more "
+            "goal_steps, or a smaller least or tolerance"
         )
 
     def _info(self, seen: Obs, info: dict[str, Any], unsafe: dict[str, float]) -> dict[str, Any]:
@@ -242,6 +243,8 @@ class Adapted(gym.Env):
         if self._success_of is not None:
             out["success"] = bool(self._success_of(seen, goal, info))
         elif self.config.tolerance:
+            if "distance" not in out:
+                raise ValueError("the goal has no proprio, by whose distance a tolerance judges: give it with the goal, or a success function")
             out["success"] = out["distance"] <= self.config.tolerance
         return out
 

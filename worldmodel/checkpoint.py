@@ -31,6 +31,13 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
 
     Raises FileNotFoundError without a file, ValueError when it is damaged, of another format or of none of the kinds.
     """
+    _, config, about = read_header(path, *kinds)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, config, about
+
+
+def read_header(path: str | Path, *kinds: str) -> tuple[str, dict, dict]:
+    """Kind, config and about of such a file, without its tensors. Raises as `load_tensors`."""
     path = Path(path)
     if not path.is_file():
         makers = " or ".join(f"`worldmodel {MAKERS[kind]}`" for kind in kinds if kind in MAKERS)
@@ -38,14 +45,13 @@ def load_tensors(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again or train it anew") from error
     if metadata.get("format") != FORMAT or metadata.get("kind") not in kinds:
         found = metadata.get("kind", "a file of another program")
         wanted = " or ".join(map(repr, kinds))
         raise ValueError(f"{path} holds {found!r}, expected {wanted}; give a file that `worldmodel` wrote as {wanted}")
-    return tensors, json.loads(metadata["config"]), json.loads(metadata["about"])
+    return metadata["kind"], json.loads(metadata["config"]), json.loads(metadata["about"])
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
@@ -61,4 +67,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign
 
 def sha256_of(path: Path) -> str:
     """The first 16 digits of a file's SHA-256: which weights, or limits, a result is of."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()[:16]

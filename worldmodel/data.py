@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -58,9 +59,21 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers have left behind in `folder`."""
+    """Delete what killed writers have left behind in `folder`; what a living process is writing stays."""
     for path in filter(is_leftover, folder.iterdir()):
-        path.unlink(missing_ok=True)
+        writer = path.name.split(".")[-2]
+        if not (writer.isdigit() and _lives(int(writer))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 # Episodes
@@ -74,10 +87,18 @@ def episode_path(folder: Path, index: int) -> Path:
 def write_episode(path: Path, episode: Mapping[str, np.ndarray]) -> None:
     """Write one episode, complete or not at all; equal episodes give equal bytes.
 
-    Raises ValueError where the arrays do not fit together or hold NaN.
+    pixels uint8 [T + 1, h, w, 3], proprio [T + 1, S], actions [T, A] in [-1, 1], and whatever else has T + 1 rows, or none. Raises
+    ValueError where one is missing or of another kind, where they do not fit together, or hold NaN.
     """
     arrays = {key: np.asarray(value) for key, value in episode.items()}
-    frames = len(arrays["pixels"])
+    if missing := [key for key in KEYS if key not in arrays]:
+        raise ValueError(f"{path}: the episode has no {', '.join(missing)}; expected {', '.join(KEYS)}")
+    pixels, actions = arrays["pixels"], arrays["actions"]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise ValueError(f"{path}: pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [T + 1, h, w, 3] from 0 to 255")
+    if actions.size and np.abs(actions).max() > 1 + 1e-6:
+        raise ValueError(f"{path}: actions reach {np.abs(actions).max():.3g}, expected -1 to 1; divide them by your largest step")
+    frames = len(pixels)
     for key, array in arrays.items():
         wanted = frames - (key == "actions")
         if array.ndim and len(array) != wanted:
@@ -151,10 +172,15 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def write_recipe(
-    folder: Path, command: str, config: Mapping, episodes: int, checksums: Sequence[str] | None = None
+    folder: Path, command: str, config: Mapping, episodes: int, checksums: Sequence[str] | None = None, out: str = "."
 ) -> None:
-    """Write dataset.json: how the episodes are made, and once all are there, their checksums."""
+    """Write dataset.json: how the episodes are made, and once all are there, their checksums.
+
+    The command's --out is `out` of the folder.
+    """
     recipe = {"format": FORMAT, "command": command, "config": dict(config), "episodes": episodes}
+    if out != ".":
+        recipe["out"] = out
     recipe["checksums"] = None if checksums is None else list(checksums)
     with replacing(folder / "dataset.json") as file:
         file.write((json.dumps(recipe, indent=1) + "\n").encode())
@@ -184,7 +210,8 @@ def fingerprint(recipes: Sequence[Mapping], checksums: Sequence[str]) -> str:
 
 def _command_of(folder: Path) -> str:
     try:
-        return f"{read_recipe(folder)['command']} --out {folder}"
+        recipe = read_recipe(folder)
+        return f"{recipe['command']} --out {os.path.normpath(folder / recipe.get('out', '.'))}"
     except (ValueError, FileNotFoundError, KeyError):
         return f"worldmodel collect --out {folder}"
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from worldmodel.checkpoint import load_tensors, sha256_of
 
 WORST = 4  # patches that count: a strange thing is small
 
@@ -26,3 +31,20 @@ class Density:
         """Mean squared deviation [...] of the worst patches of features [..., P, D], in the data's own; 1 is usual."""
         off = ((patches - self.mean.to(patches)) / self.std.to(patches)).square().mean(-1)
         return off.topk(min(WORST, off.shape[-1]), -1)[0].mean(-1)
+
+
+class Calibration(NamedTuple):
+    """What `worldmodel calibrate` found out."""
+
+    limits: dict[str, float]  # of each signal of a gate; infinite: any value
+    usual: Density  # of the pictures' features
+    of: dict  # the model, task and planner that it holds for
+
+
+def load_calibration(path: str | Path, weights: str | Path | None = None) -> Calibration:
+    """A calibration from a file. Raises ValueError where it is of other weights than those of a model's file."""
+    tensors, found, _ = load_tensors(path, "calibration")
+    if weights is not None and found["of"].get("model_sha256") != sha256_of(Path(weights)):
+        raise ValueError(f"{path} was calibrated for other weights than {weights}; calibrate with these: `worldmodel calibrate --model {weights}`")
+    limits = {name: math.inf if value is None else value for name, value in found["limits"].items()}
+    return Calibration(limits, Density(tensors["mean"], tensors["std"]), found["of"])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from worldmodel.checkpoint import fill, load_tensors, save_tensors
+from worldmodel.checkpoint import fill, load_tensors, read_header, save_tensors
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel import model
 from worldmodel.interface import Encoder
@@ -103,7 +103,7 @@ def load_any(source: str | Path, dtype: torch.dtype | None = None, heads: int | 
     if path.suffix in (".pt", ".pth"):
         predicts = any("action_encoder" in name for name in _checkpoint(path).get("predictor", {}))
         return load_ac(path, dtype, heads=heads) if predicts else load_encoder(path, None, dtype, heads)
-    if path.is_file() and path.suffix == ".safetensors" and load_tensors(path, "encoder", "model")[1].get("predictor"):
+    if path.is_file() and path.suffix == ".safetensors" and read_header(path, "encoder", "model")[1].get("predictor"):
         made = model.load(path)
         if dtype not in (None, next(made.predictor.parameters()).dtype):
             raise ValueError(f"{path} is a whole model, which keeps the precision it was made with; leave out dtype")
@@ -338,7 +338,7 @@ def _downloaded(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"no folder {repository}; to download it, pip install '.[hub]' in this project's folder") from None
+        raise ValueError(f"no folder {repository}; to download it, pip install -c constraints.txt -e '.[hub]' in this project's folder") from None
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of the network, or of the name

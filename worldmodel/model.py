@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldmodel.checkpoint import MAKERS, fill, load_tensors, save_tensors
+from worldmodel.checkpoint import MAKERS, fill, load_tensors, read_header, save_tensors
 from worldmodel.encoder import autocast, fast_in_bfloat16
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
@@ -240,7 +240,7 @@ def _predictor(config: dict) -> Predictor | ACPredictor:
 
 def holds(path: str | Path, part: str) -> bool:
     """Whether a file holds a model with that part: hazard, reader, guide, policy."""
-    _, config, _ = load_tensors(path, *MAKERS)
+    _, config, _ = read_header(path, *MAKERS)
     return bool(config.get(part))
 
 

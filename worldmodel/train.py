@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from worldmodel.data import Dataset, Frames, keys_of, read_episode
+from worldmodel.data import Dataset, Frames, keys_of, read_episode, remove_leftovers
 from worldmodel.encoder import autocast
 from worldmodel.guide import fit_guide
 from worldmodel.hazard import LABEL, Hazard, Outcomes, fit_hazard, judge_hazard
@@ -98,7 +98,8 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path) -> np.ndarray
     shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
+        remove_leftovers(folder)
+        part = folder / f".{path.stem}.{os.getpid()}.tmp"
         try:
             out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
             done = 0
@@ -265,12 +266,12 @@ def train(
     """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""
     parts = {name: part for name, part in zip(("train", "held"), data.split(0.03))}
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
-    features = dict(zip(parts, placed_features(encoder, list(parts.values()), cache, device)))
     first = frames["train"]
     start = load(config.start) if config.start else None
     predictor = _new_predictor(config, encoder, first)
     if start:
         _start_from(predictor, encoder, start, config.start, config.free_share > 0)
+    features = dict(zip(parts, placed_features(encoder, list(parts.values()), cache, device)))
     predictor.to(device)
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
@@ -300,7 +301,7 @@ def train(
     scores |= {f"reader_rmse/{i}": error for i, error in enumerate(wrong)}
     hazard = None
     if has(data, LABEL):
-        hazard, told = learn_hazard(predictor, features, parts, frames, out, config.seed)
+        hazard, told = learn_hazard(predictor, features, parts, frames, cache, config.seed)
         scores |= told
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
@@ -321,7 +322,7 @@ def learn_hazard(
     Each dictionary has both; what is imagined lies in the folder `scratch` meanwhile.
     """
     unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(f".{os.getpid()}.tmp", ".imagined-", scratch) as folder:
         seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
         told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), seed) for name in parts}
         hazard = fit_hazard([seen["train"], told["train"]], frames["train"], unsafe["train"], epochs, seed=seed, start=start)

@@ -98,6 +98,8 @@ class Run:
         """Drop the lines of metrics.jsonl that will be trained, and so written, again."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # torn
+            lines.pop()
         with replacing(path) as file:
             file.write("".join(line for line in lines if json.loads(line)["step"] < self.step).encode())
 

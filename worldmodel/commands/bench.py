@@ -7,7 +7,6 @@ in OUT/episodes.jsonl, and the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from envs.foreign import Foreign
 from worldmodel import data
-from worldmodel.commands import abstention, suite, workers
+from worldmodel.commands import abstention, cli, suite, workers
 from worldmodel.commands.collect import Level, Task, as_data
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
@@ -40,6 +39,7 @@ GUIDED = {  # the same where the model suggests the way
 TOLD = (*BUDGETS, "imitation")  # policies that see goals, with what a file holds
 SUBGOAL_STEPS = {"pick-place": (12, 16, 12), "pick-place-fragile": (12, 16, 12), "grasp": (12, 8)}  # long enough for every start of the task
 FOREIGN = ("planner", "imitation", "random", "nothing")  # policies that can act in an environment of others
+RECORDING = ("out", "trajectory", "model", "policy", "seed", "threads", "samples", "iterations", "elites")  # fields that --trajectory heeds
 NOT_OF_THE_RUN = ("out", "workers")  # fields that no number depends on
 
 
@@ -133,11 +133,11 @@ class Config:
     switch_energy: float | None = None
     """energy at which the next sub-goal's turn comes; it belongs to a model (default: none)"""
     patience: int | None = 2
-    """steps without progress after which it looks ahead anew, and moves on if that promises none; none: any number"""
+    """steps without progress after which it looks ahead anew, and moves on if that promises none; None: any number"""
     progress: float = 0.005
     """what counts as progress, as a share of the highest energy on the way to a sub-goal"""
     retry: float | None = 0.16
-    """share of an episode's highest energy above which a sub-goal has failed, and the first one's turn comes again; none: never"""
+    """share of an episode's highest energy above which a sub-goal has failed, and the first one's turn comes again; None: never"""
     realtime: bool = False
     """the simulator does not wait: a decision's action begins one step after its picture, or later where it takes longer than
     a step's 0.2 s, and until then the last plan runs on"""
@@ -180,6 +180,9 @@ class Config:
             raise ValueError("--record keeps episodes, and --trajectory plays none; leave one out")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
             raise ValueError(f"--device {self.device} is for the planner; {self.policy} runs on the processor, and so does --trajectory")
+        others = [f.name for f in dataclasses.fields(self) if f.name not in RECORDING and getattr(self, f.name) != f.default]
+        if self.trajectory and others:
+            raise ValueError(f"--trajectory takes --{', --'.join(RECORDING[2:])}, and no --{others[0].replace('_', '-')}: each step is planned one step ahead")
         able = FOREIGN + (("expert",) if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
@@ -195,13 +198,13 @@ def run(config: Config) -> dict:
         return suite.run(config, sys.modules[__name__])
     if config.trajectory is not None:
         return _offline(config)
-    config = resolved(config)
+    given, config = config, resolved(config)
     player = Player(config)
     player.begin(config.seed)  # notices what is wrong before anything is written
     with workers.owned(config.out, "bench") as folder:
         log = Log.open(folder / "episodes.jsonl", _identity(config))
         seeds = range(config.seed, config.seed + config.episodes)
-        missing = [seed for seed in seeds if seed not in log.episodes]
+        missing = [seed for seed in seeds if seed not in log.episodes or config.record and not _recorded(config, seed)]
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc=f"bench {config.policy}", unit="episode")
         with bar, contextlib.closing(_played(config, player, missing)) as played:
             for episode in played:
@@ -213,14 +216,23 @@ def run(config: Config) -> dict:
         episodes = [log.episodes[seed] for seed in seeds]
         result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
         if config.record:
-            checksums = [data.checksum(data.episode_path(folder / "data", index)) for index in range(config.episodes)]
+            checksums = [data.checksum(_path(config, seed)) for seed in seeds]
             recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
-            data.write_recipe(folder / "data", "worldmodel bench --record", recipe, config.episodes, checksums)
+            data.write_recipe(folder / "data", _command(given), recipe, config.episodes, checksums, out="..")
         with data.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())
         if config.gate != "off":
             abstention.plot(episodes, folder / "risk.png")
     return result["summary"]
+
+
+def _command(config: Config) -> str:
+    """The command that plays these episodes, but for --out."""
+    fields, usual = dataclasses.asdict(config), dataclasses.asdict(Config(out=config.out))
+    own = {name: value for name, value in fields.items() if value != usual[name]}
+    if config.env.id:
+        own["env"] = {name: value for name, value in fields["env"].items() if value != usual["env"][name]}
+    return cli.told("bench", own)
 
 
 def _offline(config: Config) -> dict:
@@ -418,7 +430,7 @@ class Log:
             there, episodes = there["config"], {episode["seed"]: episode for episode in episodes}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is damaged; delete it to start anew, or choose another --out") from None
-        keys = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
+        keys = [key for key in {**identity, **there} if identity.get(key) != there.get(key) and key != "model"]  # its hash says which
         if keys:
             told = ", ".join(f"{key} {there.get(key)} instead of {identity.get(key)}" for key in keys)
             raise FileExistsError(f"{folder} holds another run, with {told}; choose another --out")
@@ -465,6 +477,15 @@ def player_of(config: Config):
     return Player(config)
 
 
+def _path(config: Config, seed: int) -> Path:
+    """Where the episode of a seed is kept."""
+    return data.episode_path(config.out / "data", seed - config.seed)
+
+
+def _recorded(config: Config, seed: int) -> bool:
+    return _path(config, seed).exists() and data.check_episode(_path(config, seed))
+
+
 def _play(config: Config, player, seed: int) -> dict:
     """Play one episode, film it where it is one of the first, and keep it where that is asked for."""
     from worldmodel.commands.film import write_film
@@ -472,7 +493,7 @@ def _play(config: Config, player, seed: int) -> dict:
     episode, film, played = player.play(seed)
     if config.record:
         (config.out / "data").mkdir(exist_ok=True)
-        data.write_episode(data.episode_path(config.out / "data", seed - config.seed), as_data(played, episode["task"], episode["object"], config.policy))
+        data.write_episode(_path(config, seed), as_data(played, episode["task"], episode["object"], config.policy))
     if seed - config.seed < config.video:
         write_film(config.out / f"episode-{seed}.webp", film)
     return episode

@@ -51,8 +51,8 @@ class Config(bench.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime or self.record:
-            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime and --record")
+        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime or self.record or self.suite or self.video:
+            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime, --record, --suite and --video")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
         if not (0 < self.risk < 1 and 0 < self.alarm < 1):
@@ -93,7 +93,7 @@ def limits_for(episodes: list[list[dict]], risk: float, alarm: float) -> dict[st
 
     known = [own for own in episodes if own]
     if not known:
-        raise ValueError("the gate refused all decisions without looking at a limit; see `worldmodel bench --gate on` for why")
+        raise ValueError("the gate refused all decisions without looking at a limit: the pictures show nothing, or stand still, or z has no effect")
     wrong = [[one["unsafe"] for one in own] for own in known]
     limits = {"hazard": controlled_limit([[one["hazard"] for one in own] for own in known], wrong, risk)}
     if limits["hazard"] == 0:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import traceback
 import typing
@@ -48,6 +49,7 @@ Shared by all commands:
                      any name that ends in .yaml or assets/presets/NAME.yaml, what stands under COMMAND and env; flags override them
   --json             print the result as one JSON object on stdout, and nothing else
   --debug-traceback  show where a bad input was noticed (also: WORLDMODEL_TRACEBACK=1)
+
 Exit codes: 0 success, 2 bad input, 1 failure."""
 
 
@@ -109,6 +111,17 @@ def shared(config, recipe: type) -> dict[str, typing.Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def told(command: str, fields: dict[str, typing.Any]) -> str:
+    """The line that gives a command these fields; those of a nested Config as a dictionary."""
+    words = ["worldmodel", command]
+    for name, value in _flat(fields).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return shlex.join(words)
+
+
 def presets(command: str) -> list[str]:
     """Names of a command's presets, those of whole pipelines that have a part for it included."""
     pipelines = [path for path in PRESETS.glob("*.yaml") if command in read_yaml(path)]
@@ -145,7 +158,7 @@ def _help(command: str, module: ModuleType) -> int:
     import tyro
 
     names = ", ".join(presets(command)) or "none"
-    description = f"{module.__doc__}\n\n{SHARED}\nPresets of {command}: {names}"
+    description = f"{module.__doc__}\n\n{SHARED}\n\nPresets of {command}: {names}"
     with contextlib.suppress(SystemExit):
         tyro.cli(module.Config, prog=f"worldmodel {command}", description=description, args=["--help"])
     return 0

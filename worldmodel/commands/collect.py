@@ -11,7 +11,6 @@ import functools
 import gc
 import logging
 import os
-import shlex
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from envs.foreign import Foreign
 from worldmodel import data
-from worldmodel.commands import workers
+from worldmodel.commands import cli, workers
 
 if TYPE_CHECKING:
     from envs.run import Record
@@ -178,17 +177,10 @@ def _recipe(config: Config) -> dict:
 
 def _command(config: Config) -> str:
     """The command that makes this dataset, but for --out."""
-    words = ["worldmodel", "collect", "--episodes", str(config.episodes)]
     recipe = _recipe(config)
-    fields = {**recipe, **{f"env.{key}": value for key, value in recipe.pop("env", {}).items() if value != []}}
-    fields.pop("env", None)
-    for key, value in fields.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    if env := recipe.pop("env", None):
+        recipe["env"] = {key: value for key, value in env.items() if value != []}
+    return cli.told("collect", {"episodes": config.episodes, **recipe})
 
 
 def _missing(config: Config, folder: Path) -> list[int]:
@@ -255,9 +247,8 @@ def as_data(episode: Record, task: str, object: str, policy: str, shown: Mapping
 def _env(config: Config, object: str):
     """The environment of this process for one kind of object, used for all its episodes."""
     import envs
-    from worldmodel.commands.cli import shared
 
-    same = shared(config, envs.EnvConfig)
+    same = cli.shared(config, envs.EnvConfig)
     return envs.make(envs.EnvConfig(**{**same, "object": object, "render_goals": False, "render_observations": False}))
 
 

@@ -113,8 +113,8 @@ def _height_probe(config: Config, world):
     from worldmodel.commands.probe import frames_of
 
     with tempfile.TemporaryDirectory() as folder:
-        recipe = ProbeConfig(frames=config.frames, workers=config.workers, cameras=config.cameras)
-        size = world.encoder.config.image_size
+        size, beyond = world.encoder.config.image_size, config.probe_seed + config.frames  # no test frames are asked for
+        recipe = ProbeConfig(frames=config.frames, seed=config.probe_seed, test_seed=beyond, workers=config.workers, cameras=config.cameras)
         pixels, labels = frames_of(recipe, Path(folder, "probe"), config.probe_seed, config.frames, size)
     targets = torch.from_numpy(labels.object).float()
     reader = probe.fit(probe.features_of(world.encoder, pixels), targets, torch.ones_like(targets), recipe.epochs)

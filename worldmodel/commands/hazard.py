@@ -60,11 +60,11 @@ def run(config: Config) -> dict:
     parts = dict(zip(("train", "held"), data.split(0.03)))
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
     check_robot(frames["train"], world)
+    cache = config.cache or config.data[0] / "features"
     with workers.owned(config.out, "hazard") as folder:
-        cache = config.cache or config.data[0] / "features"
         features = dict(zip(parts, placed_features(world.encoder, list(parts.values()), cache, device)))
         world.predictor.to(device)
-        world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, folder, config.seed, config.epochs, world.hazard)
+        world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, cache, config.seed, config.epochs, world.hazard)
         world.predictor.cpu()
         recipe = {"data": data.fingerprint, "encoder": identify(world.encoder), "epochs": config.epochs, "seed": config.seed}
         world.about["hazard"] = {"recipe": recipe, "held_out": scores}

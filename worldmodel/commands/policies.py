@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -27,11 +26,11 @@ from planners.gate import Limits, SafetyGate
 from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel import model
-from worldmodel.checkpoint import load_tensors, sha256_of
+from worldmodel.checkpoint import MAKERS, read_header, sha256_of
 from worldmodel.commands.abstention import HIGHEST
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
-from worldmodel.density import Density
+from worldmodel.density import Density, load_calibration
 from worldmodel.encoder import usable
 from worldmodel.energy import EnergyConfig, GoalEnergy
 from worldmodel.hub import load_encoder
@@ -273,10 +272,8 @@ def strayed(action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def load(path: Path, policy: str, begin: str | None = None) -> nn.Module:
     """The model of a file, with what a search is to begin with; for the simulator an encoder's file will do."""
-    if policy == "simulator":
-        with contextlib.suppress(ValueError):
-            load_tensors(path, "encoder")
-            return load_encoder(path)
+    if policy == "simulator" and read_header(path, *MAKERS)[0] == "encoder":
+        return load_encoder(path)
     world = model.load(path)
     if begin in ("guide", "nothing"):
         world.policy = None
@@ -320,13 +317,11 @@ def calibrated_for(config) -> dict[str, Any]:
 
 def limits_of(path: Path, config) -> tuple[Limits, Density]:
     """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's."""
-    tensors, found, _ = load_tensors(path, "calibration")
-    here = calibrated_for(config)
-    others = [f"{name} {found['of'].get(name)} instead of {here[name]}" for name in here if found["of"].get(name) != here[name]]
+    found, here = load_calibration(path), calibrated_for(config)
+    others = [f"{name} {found.of.get(name)} instead of {here[name]}" for name in here if found.of.get(name) != here[name]]
     if others:
         raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate with the same flags: `worldmodel calibrate`")
-    limits = {name: math.inf if value is None else value for name, value in found["limits"].items()}
-    return Limits(**limits), Density(tensors["mean"], tensors["std"])
+    return Limits(**found.limits), found.usual
 
 
 def goals(config) -> Callable[[dict], list[dict]]:

@@ -92,7 +92,7 @@ def run(config: Config) -> dict:
     """Pretrain, and return where the encoder is and how healthy its features are."""
     import torch
 
-    from worldmodel.checkpoint import load_tensors
+    from worldmodel.checkpoint import read_header
     from worldmodel.data import Dataset
     from worldmodel.encoder import usable
     from worldmodel.pretrain import pretrain
@@ -101,7 +101,7 @@ def run(config: Config) -> dict:
     path = pretrain(recipe(config), Dataset.open(config.data), config.out, config.minutes, config.resume, usable(config.device))
     if path is None:
         return {"finished": False, "run": str(config.out)}
-    _, _, about = load_tensors(path, "encoder")
+    _, _, about = read_header(path, "encoder")
     return {"finished": True, "encoder": str(path), **{k: about[k] for k in ("minutes", "spread", "rank")}}
 
 

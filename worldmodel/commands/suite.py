@@ -77,8 +77,8 @@ def parsed(row: str, out: Path, bench: ModuleType):
 def _minutes(path: Path | None) -> float | None:
     """What the trainings of a model's predictor and policy took, where it tells; None where it does not."""
     from worldmodel import model
-    from worldmodel.checkpoint import load_tensors
+    from worldmodel.checkpoint import read_header
 
-    _, _, about = load_tensors(path or model.shipped(), "model")
+    _, _, about = read_header(path or model.shipped(), "model")
     told = [about.get("minutes"), about.get("policy", {}).get("minutes")]
     return sum(known) if (known := [minutes for minutes in told if minutes is not None]) else None

@@ -89,7 +89,7 @@ def run(config: Config) -> dict:
     """Train, and return where the model is and its open-loop error beside that of copying the last frame."""
     import torch
 
-    from worldmodel.checkpoint import load_tensors
+    from worldmodel.checkpoint import read_header
     from worldmodel.commands.cli import shared
     from worldmodel.data import Dataset
     from worldmodel.encoder import usable
@@ -103,7 +103,7 @@ def run(config: Config) -> dict:
     path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device))
     if path is None:
         return {"finished": False, "run": str(config.out)}
-    _, _, about = load_tensors(path, "model")
+    _, _, about = read_header(path, "model")
     return {"finished": True, "model": str(path), "minutes": about["minutes"], **about["held_out"]}
 
 

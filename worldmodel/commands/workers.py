@@ -7,10 +7,13 @@ import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+
+from worldmodel.commands import cli
 
 
 @contextlib.contextmanager
@@ -25,8 +28,7 @@ def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[Process
         with _environment("OMP_NUM_THREADS", str(threads)):  # which a process reads when it starts
             prepared = [executor.submit(prepare, *args) for _ in range(count)]
         for future in prepared:
-            if error := future.exception():
-                raise type(error)(str(error)) from error
+            result(future)
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
@@ -71,8 +73,11 @@ def _end_with_parent() -> None:
 
 
 def result(future: Future):
-    """What a worker returned; its bad input is raised as if it had been noticed here."""
+    """What a worker returned; bad input that our code noticed there is raised as if it had been noticed here."""
     try:
         return future.result()
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error)) from error
+        files = re.findall(r'File "(.+?)", line', str(error.__cause__))  # of the worker's traceback
+        if files and files[-1].startswith(cli.OURS):
+            raise type(error)(str(error)) from error
+        raise
