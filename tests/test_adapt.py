@@ -95,6 +95,8 @@ def test_what_a_user_may_say():
     while not info["success"]:
         *_, over, _, info = env.step(np.array([1.0, 0.0]))
     assert over
+    with pytest.raises(ValueError, match="the goal has no proprio, by whose distance a tolerance judges"):
+        envs.adapt(Dot(), CONFIG, image_size=20, goal={"pixels": picture}).reset(seed=0)
     told = envs.adapt(Dot(tells=True), image_size=20, goal=lambda env, obs, info: {"pixels": picture, "proprio": obs[:1]})
     told.reset(seed=0)
     assert [told.step(np.zeros(2))[-1]["success"] for _ in range(5)] == [False] * 3 + [True] * 2

@@ -189,8 +189,16 @@ def test_what_was_played_is_data_to_train_on(model_file, tmp_path):
     frames = sets[0].load(keys=("pixels", "proprio", "actions", "privileged/unsafe"))
     assert frames.pixels.shape == (8, 48, 48, 3) and list(frames.offsets) == [0, 4, 8]
     assert np.abs(frames.actions[:3]).max() > 0
+    lost = tmp_path / "1" / "data" / "episode-000001.npz"
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"mend it with: worldmodel bench .*--record .*--out {tmp_path / '1'}$"):
+        Dataset.open([tmp_path / "1" / "data"])
+    bench.run(Config(tmp_path / "1", policy="planner", model=model_file, record=True, **SMALL))
+    assert Dataset.open([tmp_path / "1" / "data"]).recipes[0]["checksums"] == sets[1].recipes[0]["checksums"]
     with pytest.raises(ValueError, match="--record"):
         Config(tmp_path, record=True, trajectory=tmp_path / "some.npz")
+    with pytest.raises(ValueError, match="no --horizon: each step is planned one step ahead"):
+        Config(tmp_path, horizon=3, trajectory=tmp_path / "some.npz")
 
 
 # The simulator as a model

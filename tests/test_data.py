@@ -68,6 +68,22 @@ def test_bad_arrays_are_refused_and_leave_no_file(tmp_path, key):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda e: e.pop("actions"), "the episode has no actions; expected pixels, proprio, actions"),
+        (lambda e: e.update(pixels=e["pixels"] / 255), "pixels are float64 .* expected uint8"),
+        (lambda e: e.update(actions=50 * np.ones_like(e["actions"])), "actions reach 50, expected -1 to 1; divide them"),
+    ],
+)
+def test_recordings_of_another_kind_are_refused(tmp_path, change, told):
+    episode = dict(make_episode(0))
+    change(episode)
+    with pytest.raises(ValueError, match=told):
+        data.write_episode(tmp_path / "a.npz", episode)
+    assert not list(tmp_path.iterdir())
+
+
 def test_writer_killed_in_the_middle_leaves_only_a_leftover(tmp_path):
     code = (
         "import os, pathlib, sys; from worldmodel import data\n"
@@ -76,6 +92,10 @@ def test_writer_killed_in_the_middle_leaves_only_a_leftover(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], check=False)
     assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    lives = tmp_path / f".features.{os.getpid()}.tmp"
+    lives.touch()
+    data.remove_leftovers(tmp_path, shared=True)
+    assert list(tmp_path.iterdir()) == [lives]
     data.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -58,11 +58,11 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers have left behind in `folder`; what a living process is writing stays."""
+def remove_leftovers(folder: Path, shared: bool = False) -> None:
+    """Delete what killed writers have left behind in `folder`; in a shared one, what a living process may be writing stays."""
     for path in filter(is_leftover, folder.iterdir()):
         writer = path.name.split(".")[-2]
-        if not (writer.isdigit() and _lives(int(writer))):
+        if not (shared and writer.isdigit() and _lives(int(writer))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -98,7 +98,7 @@ def cached_features(encoder: Encoder, data: Dataset, folder: Path) -> np.ndarray
     shape = (data.frames, encoder.config.patches, encoder.config.embed_dim)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        remove_leftovers(folder, shared=True)
         part = folder / f".{path.stem}.{os.getpid()}.tmp"
         try:
             out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
