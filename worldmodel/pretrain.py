@@ -304,7 +304,7 @@ def pretrain(
     model = Pretraining(config)
     rng = np.random.default_rng(config.seed)
     model.whiten(torch.from_numpy(frames.sample_clips(4000, 1, 1, rng)["pixels"][:, 0]))
-    held = model.own(torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"]))[:, 0]
+    shown = model.own(torch.from_numpy(frames.sample_clips(256, 1, 1, rng)["pixels"]))[:, 0]
     model.to(device)
     optimizer = optimizer_for(model, config.weight_decay)
     run = Run(out, KIND, _plain(config, data), model, optimizer, config.steps, minutes, resume)
@@ -328,7 +328,7 @@ def pretrain(
             mode = "image" if single else "video"
             run.log(rate=rate, **{f"{mode}/{k}": float(v) for k, v in losses.items()})
         if step % 500 == 0:
-            signs = health(model.result(), held)
+            signs = health(model.result(), shown)
             run.log(**signs)
             if step > config.steps / 10 and signs["spread"] < 0.02:
                 run.save()
@@ -339,7 +339,7 @@ def pretrain(
     if not run.done:
         return None
     path = out / "encoder.safetensors"
-    about = {"recipe": _plain(config, data), "minutes": round(run.seconds / 60, 1), **health(model.result(), held)}
+    about = {"recipe": _plain(config, data), "minutes": round(run.seconds / 60, 1), **health(model.result(), shown)}
     save_encoder(path, model.result().cpu(), about)
     return path
 

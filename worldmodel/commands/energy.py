@@ -28,7 +28,8 @@ class Config:
     trajectory: Path
     """.npz with observations and states"""
     model: str | None = None
-    """model.safetensors, vjepa2-ac-vitg.pt, or random:vjepa2-ac-vitg (None: the shipped model)"""
+    """model.safetensors, vjepa2-ac-vitg.pt, or random:vjepa2-ac-vitg (None: the shipped model). Millimetres are of this project's robot,
+    whose action of 1 is 5 cm, but for V-JEPA 2-AC, which says itself"""
     out: Path = Path("out/energy")
     """folder for energy.png; new or empty"""
     step: int = 0
