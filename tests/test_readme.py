@@ -5,14 +5,17 @@ import re
 import shlex
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from planners.agent import Agent, AgentConfig
 from worldmodel import data, model
 from worldmodel.checkpoint import save_tensors, sha256_of
 from worldmodel.commands import cli
 from worldmodel.density import load_calibration
+from worldmodel.energy import GoalEnergy
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
@@ -35,7 +38,7 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
-LOOP, SEVERAL, GATED, RECORDER = blocks("python")
+LOOP, SEVERAL, GATED, RECORDER, *PARTS = blocks("python")
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
@@ -146,6 +149,28 @@ def test_the_gate_runs_with_what_a_calibration_holds(tmp_path):
     save_tensors(tmp_path / "model.safetensors", "model", {"other": usual}, {})
     with pytest.raises(ValueError, match="was calibrated for other weights"):
         load_calibration(tmp_path / "limits.safetensors", weights)
+
+
+def test_parts_of_ones_own_are_checked_and_reach():
+    """Each in 20 lines at most; planner, gate and model reach together, the agent without them."""
+    env = gym.make("envs:PandaReach-v0")
+    try:
+        obs, info = env.reset(seed=3)
+        names: dict = {"np": np, "obs": obs}
+        for part in PARTS:
+            assert sum(bool(line.strip()) for line in part.splitlines()) <= 20
+            exec(compile(part, "README.md", "exec"), names)
+        own = Agent(names["Straight"](), names["Shooting"](), GoalEnergy, AgentConfig(horizon=1), names["Slow"]())
+        for agent in (own, names["Beeline"]()):
+            obs, info = env.reset(seed=3)
+            agent.reset(info["goal"])
+            over = False
+            while not over:
+                obs, _, terminated, truncated, info = env.step(agent.act(obs))
+                over = terminated or truncated
+            assert info["success"]
+    finally:
+        env.close()
 
 
 def test_own_recordings_become_a_dataset(tmp_path):
