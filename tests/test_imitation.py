@@ -6,7 +6,7 @@ import torch
 
 from worldmodel.data import Frames
 from worldmodel.encoder import EncoderConfig, VideoEncoder
-from worldmodel.imitation import _check_gripper, hindsight
+from worldmodel.imitation import _check_gripper, aimless, estranged, hindsight
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel, load
 from worldmodel.policy import Policy
@@ -77,3 +77,31 @@ def test_goals_in_hindsight_lie_ahead_in_the_same_episode():
     assert (frames.episode_of[now] == frames.episode_of[goal]).all()
     assert set(goal - now) == {1, 2, 3}
     assert set(now) == {0, 1, 2, 3, *range(5, 14)}  # all but the last frames
+
+
+def test_the_way_to_an_object_is_that_to_any_goal():
+    """Until the gripper first closes, where it ever does: goals may be the last frames of other episodes."""
+    actions = np.ones((15, 4), np.float32)
+    actions[[2, 4, 6, 8], -1] = 0, -0.4, -1, -1
+    frames = Frames({"proprio": np.zeros((15, 3)), "actions": actions}, np.array([0, 5, 15]), ("one", "other"))
+    free = aimless(frames)
+    assert list(free.nonzero()[0]) == [5, 6]
+    now = np.tile(np.arange(14), 100)
+    goal, others = estranged(frames, now, now + 1, free, 0.5, np.random.default_rng(0))
+    assert set(now[others]) == {5, 6} and 0.3 < others[free[now]].mean() < 0.7
+    assert set(goal[others]) == {4, 14} and (goal[~others] == now[~others] + 1).all()
+
+
+def test_small_motions_count_most_and_unknown_distances_not_at_all(monkeypatch):
+    policy, now, goal = made(), Features(torch.randn(8, 4, 12), torch.zeros(8, 3)), torch.randn(8, 4, 12)
+    unknown = torch.full((8,), torch.nan)
+    loss = policy.loss(now, goal, torch.ones(8, 4), unknown, 0.1)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in policy.parameters())
+    monkeypatch.setattr(policy, "forward", lambda now, goal: (torch.full((8, 3), said), torch.zeros(8, 3), torch.zeros(8)))
+    costs = []
+    for fine in (0.0, 0.1):
+        for said in (0.0, 0.9):
+            off = (policy.loss(now, goal, torch.full((8, 4), told), unknown, fine) for told in (said, said + 0.01))
+            costs.append(float(torch.stack(list(off)).diff().abs()))
+    assert costs[0] == pytest.approx(costs[1], abs=1e-6) and costs[2] > 5 * costs[3] > 0

@@ -26,6 +26,8 @@ class ImitationConfig:
     """A training recipe; its fields, the encoder and the data decide the weights."""
 
     reach: int = 30  # goals are 1 to so many steps ahead, as far as the episode goes
+    strangers: float = 0.0  # share of the goals of steps before a grasp that are what other episodes came to
+    fine: float = 0.0  # motion, as a share of the largest, up to which small differences count most; 0: all count alike
     width: int = 256
     batch: int = 256
     steps: int = 4000
@@ -39,6 +41,8 @@ class ImitationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.rate <= 0:
             raise ValueError(f"rate is {self.rate}, expected more than 0")
+        if not 0 <= self.strangers <= 1 or not 0 <= self.fine <= 1:
+            raise ValueError(f"strangers is {self.strangers} and fine {self.fine}, expected 0 to 1")
 
 
 def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +50,29 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) 
     now = frames.clip_index(batch, 2, 1, rng)[:, 0]
     left = frames.offsets[frames.episode_of[now] + 1] - 1 - now  # steps to the episode's end
     return now, now + rng.integers(1, np.minimum(left, reach) + 1)
+
+
+def aimless(frames: Frames) -> np.ndarray:
+    """Steps bool [F] of episodes in which the gripper closes until it first does: the way to the object is that to any goal of it."""
+    closes = frames.actions[:, -1] < (GRIPPER[0] + GRIPPER[1]).item() / 2
+    free = np.zeros(len(closes), bool)
+    for start, end in zip(frames.offsets[:-1], frames.offsets[1:]):
+        if closes[start:end].any():
+            free[start : start + closes[start:end].argmax() + 1] = True
+    return free
+
+
+def estranged(
+    frames: Frames, now: np.ndarray, goal: np.ndarray, free: np.ndarray, share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Goals [batch], of which a share of those of free steps is exchanged for the last frames of any episodes; and which are, bool [batch].
+
+    So what is done on the way to an object does not hang on where the few episodes that begin like this took it.
+    """
+    count, ends = len(now), frames.offsets[1:] - 1
+    others = free[now] & (rng.random(count) < share)
+    last = ends[rng.integers(len(ends), size=count)]
+    return np.where(others, last, goal), others
 
 
 def check_robot(frames: Frames, model: LatentModel) -> None:
@@ -88,13 +115,19 @@ def fit_policy(
     policy.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
     policy.to(device)
 
-    def drawn(frames: Frames, features: np.ndarray | Tensor, batch: int, rng: np.random.Generator) -> list[Tensor]:
+    free = aimless(frames)
+
+    def drawn(frames: Frames, features: np.ndarray | Tensor, batch: int, rng: np.random.Generator, free: np.ndarray | None = None) -> list[Tensor]:
         now, goal = hindsight(frames, batch, config.reach, rng)
+        ahead = (goal - now).astype(np.float32)
+        if free is not None and config.strangers:
+            goal, others = estranged(frames, now, goal, free, config.strangers, rng)
+            ahead[others] = np.nan
         pairs = (features, now), (frames.proprio, now), (features, goal), (frames.actions, now)
-        return [*(gather(*pair, device) for pair in pairs), torch.from_numpy((goal - now).astype(np.float32)).to(device)]
+        return [*(gather(*pair, device) for pair in pairs), torch.from_numpy(ahead).to(device)]
 
     def loss(patches: Tensor, proprio: Tensor, goal: Tensor, actions: Tensor, steps: Tensor) -> dict[str, Tensor]:
-        return {"loss": policy.loss(Features(patches, proprio), goal, actions, steps)}
+        return {"loss": policy.loss(Features(patches, proprio), goal, actions, steps, config.fine)}
 
     @torch.no_grad()
     def held_out() -> float:
@@ -106,7 +139,7 @@ def fit_policy(
     advance = Stepper(loss, policy, optimizer, 1.0)
     for step in run:
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        losses = advance(*drawn(frames, features, config.batch, np.random.default_rng([config.seed, step])))
+        losses = advance(*drawn(frames, features, config.batch, np.random.default_rng([config.seed, step]), free))
         if step % 20 == 0:
             run.log(rate=rate, loss=float(losses["loss"]))
         if step % 500 == 499:

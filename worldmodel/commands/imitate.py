@@ -33,6 +33,11 @@ class Config:
     """where it trains: cpu, cuda"""
     reach: int = 30
     """goals are 1 to so many steps ahead of an action, in the same episode"""
+    strangers: float = 0.0
+    """share of the goals, for steps before the gripper first closes, that are what other episodes came to: the way to an object is that to
+    any goal of it, where the data is of hands that fetch what lies somewhere else each time (0 to 1)"""
+    fine: float = 0.0
+    """motion up to which small differences count most in the loss, in units of an action; where an action of 1 goes far: 0.1 (0: all count alike)"""
     width: int = 256
     """numbers that are pooled from a picture, and half the width of what follows"""
     batch: int = 256
