@@ -2,6 +2,7 @@
 
 Goals are taken in hindsight: what an episode came to is what it was after (GCSL, arXiv 1912.06088). With goals up to
 an episode's end this is goal-conditioned behaviour cloning; with goals a step or three ahead, an inverse dynamics model.
+A policy sees one picture: from an expert that waits it learns to stand still, since it cannot tell how long it has.
 """
 
 from __future__ import annotations
