@@ -118,8 +118,8 @@ def adapt(
     env: its pixels are in its observation, or it renders rgb_array. proprio: of its observation, float [S] (default: an
     entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
-    of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot). success: of observation, goal and info (default: config.tolerance, else what its
-    info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
+    of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot).
+    success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
     """

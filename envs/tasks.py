@@ -1,4 +1,4 @@
-"""The four tasks of V-JEPA 2-AC's table, and one of them with posts on the way: where an episode starts, what its goal is, and what counts as success.
+"""The four tasks of V-JEPA 2-AC's table, and one of them with posts: where an episode starts, its goal, and what counts as success.
 
 Reach, Grasp, ReachWithObject, PickPlace (V-JEPA 2, arXiv 2506.09985, section 4.2). Success is strict, pure and batched: it
 reads an `Achieved` and a `Wanted` whose fields may carry any leading shape.
