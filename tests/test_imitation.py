@@ -100,8 +100,8 @@ def test_small_motions_count_most_and_unknown_distances_not_at_all(monkeypatch):
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in policy.parameters())
     monkeypatch.setattr(policy, "forward", lambda now, goal: (torch.full((8, 3), said), torch.zeros(8, 3), torch.zeros(8)))
     costs = []
-    for fine in (0.0, 0.1):
+    for log_above in (0.0, 0.1):
         for said in (0.0, 0.9):
-            off = (policy.loss(now, goal, torch.full((8, 4), told), unknown, fine) for told in (said, said + 0.01))
+            off = (policy.loss(now, goal, torch.full((8, 4), told), unknown, log_above) for told in (said, said + 0.01))
             costs.append(float(torch.stack(list(off)).diff().abs()))
     assert costs[0] == pytest.approx(costs[1], abs=1e-6) and costs[2] > 5 * costs[3] > 0

@@ -1,5 +1,6 @@
 """Predictor, z and model: causality, cache, batch invariance, save and load, and the targets of the training loss."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Context, Features
 from worldmodel.latent import Codes, Gaussian, divergence, information_loss
 from worldmodel.model import LatentModel, load
-from worldmodel.predictor import Predictor, PredictorConfig, merged, unmerged
+from worldmodel.predictor import Predictor, PredictorConfig, merged, pack, unmerged
 from worldmodel.probe import AttentiveProbe
 from worldmodel.train import TrainConfig, prediction_losses, price_of
 
@@ -63,6 +64,24 @@ def test_candidates_do_not_see_each_other(model):
     whole = model.rollout(context, actions, z)
     alone = model.rollout(context, actions[:, 1:2], z[:, 1:2])
     close(whole.patches[:, 1], alone.patches[:, 0])
+
+
+@torch.no_grad()
+def test_a_packed_predictor_is_the_same_one():
+    plain = noisy(Predictor(SIZES)).eval()
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    g = torch.Generator().manual_seed(3)
+    now = Features(torch.randn(2, 3, 16, 48, generator=g), torch.randn(2, 3, 7, generator=g))
+    inputs = now, torch.rand(2, 3, 4, generator=g), torch.randn(2, 3, 3, generator=g)
+    for a, b in zip(plain(*inputs)[0], packed(*inputs)[0]):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_has_imagined_can_be_copied(model):
+    context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
+    seen = model.rollout(context, actions, z).patches
+    assert torch.equal(copy.deepcopy(model).rollout(context, actions, z).patches, seen)
 
 
 def test_cached_steps_agree_with_the_whole_window():

@@ -28,7 +28,7 @@ class ImitationConfig:
 
     reach: int = 30  # goals are 1 to so many steps ahead, as far as the episode goes
     strangers: float = 0.0  # share of the goals of steps before a grasp that are what other episodes came to
-    fine: float = 0.0  # motion, as a share of the largest, up to which small differences count most; 0: all count alike
+    log_above: float = 0.0  # motion, as a share of the largest, above which it counts by its logarithm; 0: all counts alike
     width: int = 256
     batch: int = 256
     steps: int = 4000
@@ -42,8 +42,8 @@ class ImitationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.rate <= 0:
             raise ValueError(f"rate is {self.rate}, expected more than 0")
-        if not 0 <= self.strangers <= 1 or not 0 <= self.fine <= 1:
-            raise ValueError(f"strangers is {self.strangers} and fine {self.fine}, expected 0 to 1")
+        if not 0 <= self.strangers <= 1 or not 0 <= self.log_above <= 1:
+            raise ValueError(f"strangers is {self.strangers} and log_above {self.log_above}, expected 0 to 1")
 
 
 def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ def fit_policy(
         return [*(gather(*pair, device) for pair in pairs), torch.from_numpy(ahead).to(device)]
 
     def loss(patches: Tensor, proprio: Tensor, goal: Tensor, actions: Tensor, steps: Tensor) -> dict[str, Tensor]:
-        return {"loss": policy.loss(Features(patches, proprio), goal, actions, steps, config.fine)}
+        return {"loss": policy.loss(Features(patches, proprio), goal, actions, steps, config.log_above)}
 
     @torch.no_grad()
     def held_out() -> float:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, read_header, save_tensors
-from worldmodel.encoder import autocast, fast_in_bfloat16
+from worldmodel.encoder import autocast, fast_in_bfloat16, keep_memory
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, to_tensor
 from worldmodel.peers import build
 from worldmodel.policy import Policy
-from worldmodel.predictor import Predictor, PredictorConfig, expand
+from worldmodel.predictor import Predictor, PredictorConfig, expand, pack
 from worldmodel.probe import AttentiveProbe
 from worldmodel.vjepa2_ac import NAME as AC
 from worldmodel.vjepa2_ac import ACConfig, ACPredictor
@@ -54,6 +54,11 @@ class LatentModel(nn.Module):
         self._copy: tuple[Predictor, tuple, Predictor] | None = None  # of what, in which state, the copy
         self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
         self.requires_grad_(False).eval()
+        keep_memory()
+
+    def __getstate__(self) -> dict:
+        """What a copy of it takes along: not what it has made for itself, which it makes anew."""
+        return self.__dict__ | {"_copy": None, "_remembered": deque(maxlen=REMEMBERED)}
 
     @property
     def action_dim(self) -> int:
@@ -182,6 +187,8 @@ class LatentModel(nn.Module):
         if self._copy is None or self._copy[0] is not self.predictor or self._copy[1] != version:
             twin = copy.deepcopy(self.predictor).to(torch.bfloat16)
             twin.proprio_mean, twin.proprio_std = self.predictor.proprio_mean, self.predictor.proprio_std  # millimetres count
+            if self.device.type == "cpu":
+                pack(twin)
             self._copy = self.predictor, version, twin
         return self._copy[2]
 

@@ -51,16 +51,16 @@ class Policy(nn.Module):
         drawn = logits.argmax(1, keepdim=True) if generator is None else torch.multinomial(logits.softmax(1), 1, generator=generator)
         return torch.cat((motion, self.gripper[drawn]), 1).clamp(-1, 1)
 
-    def loss(self, now: Features, goal: Tensor, actions: Tensor, steps: Tensor, fine: float = 0.0) -> Tensor:
+    def loss(self, now: Features, goal: Tensor, actions: Tensor, steps: Tensor, log_above: float = 0.0) -> Tensor:
         """L1 of the motion plus cross-entropy of the gripper's choice, for actions [B, A], plus the expectile loss of the steps [B].
 
-        NaN of the steps: not known. With `fine` the motion counts by its inverse hyperbolic sine in units of `fine`, in which a
+        NaN of the steps: not known. Above `log_above` the motion counts by its logarithm (an inverse hyperbolic sine), so that a
         centimetre beside a thing weighs more than one on the long way there; the L1's minimum, a median, stays where it was.
         """
         motion, logits, guess = self(now, goal)
         told = actions[:, :-1]
-        if fine:
-            motion, told = (torch.asinh(x / fine) / math.asinh(1 / fine) for x in (motion, told))
+        if log_above:
+            motion, told = (torch.asinh(x / log_above) / math.asinh(1 / log_above) for x in (motion, told))
         choice = (actions[:, -1:] - self.gripper).abs().argmin(1)
         off = (steps.nan_to_num() - guess) * ~steps.isnan() / STEPS
         far = (torch.where(off < 0, 1 - EXPECTILE, EXPECTILE) * off.square()).mean()

@@ -70,8 +70,8 @@ class ModulatedBlock(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, by: Rotation, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, T, L, dim], condition [B, T, 1, dim] -> the same shape, and keys and values of past and x."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition)).chunk(6, -1)
+        """x [B, T, L, dim], condition [B, T, 1, dim] -> the same shape as x, and keys and values of past and x."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(condition).chunk(6, -1)
         y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         q, k, v = self.attn.heads(y.flatten(1, 2), by)  # [B, heads, T * L, head_dim]
         if past is not None:
@@ -79,7 +79,8 @@ class ModulatedBlock(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # spelled out: for so few tokens it beats the fused kernel
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)  # which is faster than in bfloat16, too
+        y = (shares @ v).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, 1 + gate1, self.attn.proj(y).unflatten(1, x.shape[1:3]))
         y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, 1 + gate2, self.mlp(y)), (k, v)
@@ -147,7 +148,7 @@ class Predictor(nn.Module):
         """
         config, steps, dtype = self.config, actions.shape[1], self.dtype
         proprio = self.normalise(now.proprio)
-        condition = self.condition(torch.cat((actions, proprio, z), -1).to(dtype))[:, :, None]  # [B, T, 1, dim]
+        condition = F.silu(self.condition(torch.cat((actions, proprio, z), -1).to(dtype)))[:, :, None]  # [B, T, 1, dim]
         squares = self.embed(merged(now.patches.to(dtype), config.grid, config.merge)) + self.place
         x = torch.cat((self.proprio_embed(proprio.to(dtype))[:, :, None], squares), 2)
         before = cache[0][0].shape[2] // self.tokens if cache else 0
@@ -159,7 +160,7 @@ class Predictor(nn.Module):
             kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
         x = self.norm(x)
         change = unmerged(self.to_features(x[:, :, 1:].contiguous()), config.grid, config.merge)
-        patches = F.layer_norm((now.patches + change).float(), change.shape[-1:])
+        patches = F.layer_norm(change.float() + now.patches, change.shape[-1:])
         moved = proprio + self.to_proprio(x[:, :, 0].contiguous())
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
 
@@ -213,3 +214,32 @@ def frame_places(start: int, steps: int, grid: tuple[int, int], device: torch.de
 def expand(cache: Cache, times: int) -> Cache:
     """The cache of B problems repeated for `times` candidates each: batch B * times, candidates fastest."""
     return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
+
+
+class Packed(nn.Module):
+    """A linear map whose weights lie as oneDNN reads them, with GELU after it if asked for: for a processor, without gradients.
+
+    A plain one has them brought into that order at each call. The operators are those that torch.compile uses.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias, self.after = linear.bias.detach(), "gelu" if gelu else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], "none")
+
+
+def pack(module: nn.Module) -> None:
+    """Exchange all linear maps in a module for packed ones, where this torch has the operators."""
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return
+    for name, child in list(module.named_children()):
+        if isinstance(child, Mlp):
+            child.fc1, child.act = Packed(child.fc1, gelu=True), nn.Identity()
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Packed(child))
+        else:
+            pack(child)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
 from worldmodel.data import replacing
-from worldmodel.encoder import autocast
+from worldmodel.encoder import autocast, keep_memory
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
@@ -58,6 +58,7 @@ class Run:
     def __iter__(self) -> Iterator[int]:
         from torch.utils.tensorboard import SummaryWriter
 
+        keep_memory()
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.step:
             self._forget()  # of a run that was killed before its first checkpoint

@@ -36,8 +36,9 @@ class Config:
     strangers: float = 0.0
     """share of the goals, for steps before the gripper first closes, that are what other episodes came to: the way to an object is that to
     any goal of it, where the data is of hands that fetch what lies somewhere else each time (0 to 1)"""
-    fine: float = 0.0
-    """motion up to which small differences count most in the loss, in units of an action; where an action of 1 goes far: 0.1 (0: all count alike)"""
+    log_above: float = 0.0
+    """motion above which the loss counts it by its logarithm, in units of an action: for the last centimetre, where an action of 1 goes far,
+    0.1 (0: all counts alike)"""
     width: int = 256
     """numbers that are pooled from a picture, and half the width of what follows"""
     batch: int = 256

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from worldmodel.commands import bench
 from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
-from worldmodel.commands.throughput import collecting, counted, several, training
+from worldmodel.commands.throughput import MANY, collecting, counted, several, training
 
 GROWTH = {  # a decade each
     "candidates": (16, 32, 64, 160),
@@ -183,18 +183,19 @@ def decisions(player, config: Config) -> dict:
 
 
 def rollouts(world, samples: int, horizon: int) -> dict:
-    """How fast the model encodes and imagines: frames/s, candidate-steps/s, GFLOP/s."""
+    """How fast the model encodes and imagines, a search's candidates and many times as many: frames/s, candidate-steps/s, GFLOP/s."""
     import torch
 
-    size, (context, actions, z) = world.encoder.config.image_size, problem(world, samples, horizon)
+    size = world.encoder.config.image_size
     frames = torch.randint(0, 256, (64, size, size * world.encoder.config.views, 3), dtype=torch.uint8)
-    imagine = lambda: world.rollout(context, actions, z)  # noqa: E731
-    seconds, operations = timed(imagine), counted(imagine)
-    return {
-        "encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames)),
-        "candidate_steps_per_second": samples * horizon / seconds,
-        "rollout_gflops": operations / seconds / 1e9,
-    }
+    result = {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
+    for prefix, n in ("", samples), ("many_", MANY * samples):
+        asked = problem(world, n, horizon)
+        imagine = lambda asked=asked: world.rollout(*asked)  # noqa: E731
+        seconds = timed(imagine)
+        result[f"{prefix}candidate_steps_per_second"] = n * horizon / seconds
+        result[f"{prefix}rollout_gflops"] = counted(imagine) / seconds / 1e9
+    return result
 
 
 def problem(world, samples: int, horizon: int, samples_z: int = 1) -> tuple:
@@ -247,7 +248,7 @@ def grown(world, played: bench.Config) -> dict:
 def _add_ratios(result: dict) -> None:
     """The shares of the machine's peak, and how much faster a decision is than a plan of others."""
     peak, own = result["peak_gflops"][result["precision"]], result["decision_seconds"]["median"]
-    for name in ("rollout", "pretrain_clips", "train_sequences"):
+    for name in ("rollout", "many_rollout", "pretrain_clips", "train_sequences"):
         if f"{name}_gflops" in result:
             result[f"{name}_share_of_peak"] = result[f"{name}_gflops"] / peak
     for name in ("lewm", "vjepa2_ac"):
@@ -293,8 +294,11 @@ def report(result: dict) -> str:
         "processor": f"{result['processor']}, {result['cores']} cores, {' '.join(result['units'])}; {result['threads']} threads, {result['capability']}",
         "peak": ", ".join(f"{name} {value:.0f}" for name, value in peak.items()) + f" GFLOP/s; models use {precision}",
         "encoder": f"{result['encoder_fps']:.0f} frames/s",
-        "imagining": f"{result['candidate_steps_per_second']:.0f} candidate-steps/s, {result['rollout_gflops']:.0f} GFLOP/s, "
-        f"{result['rollout_share_of_peak']:.0%} of the peak",
+        **{
+            f"{told} candidates": f"{result[f'{prefix}candidate_steps_per_second']:.0f} candidate-steps/s, "
+            f"{result[f'{prefix}rollout_gflops']:.0f} GFLOP/s, {result[f'{prefix}rollout_share_of_peak']:.0%} of the peak"
+            for prefix, told in (("", f"imagining {result['samples']}"), ("many_", f"  {MANY * result['samples']}"))
+        },
         "decision": f"{1000 * seconds['median']:.0f} ms median, {1000 * seconds['p95']:.0f} ms 95th percentile of {result['decisions']}, gate on, "
         f"{result['samples']} x {result['iterations']} x {result['horizon']}",
         "  of it": shares,
