@@ -20,7 +20,7 @@ from worldmodel.hazard import Hazard
 from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, to_tensor
 from worldmodel.peers import build
 from worldmodel.policy import Policy
-from worldmodel.predictor import Predictor, PredictorConfig, expand, pack
+from worldmodel.predictor import Predictor, PredictorConfig, expand, pack, repeated
 from worldmodel.probe import AttentiveProbe
 from worldmodel.vjepa2_ac import NAME as AC
 from worldmodel.vjepa2_ac import ACConfig, ACPredictor
@@ -124,7 +124,7 @@ class LatentModel(nn.Module):
                 self._remembered.append((context, known))
             cache, start = known
             now = Features(context.features.patches[:, -1:], context.features.proprio[:, -1:])
-            now = Features(*(x.repeat_interleave(n * k, 0) for x in now))  # [B * N * K, 1, ...]
+            now = Features(*(repeated(x, n * k) for x in now))  # [B * N * K, 1, ...]
             cache = expand(cache, n * k) if cache else None
             moves = actions[:, :, None].expand(-1, -1, k, -1, -1).reshape(b * n * k, horizon, -1)
             noise = z.reshape(b * n * k, horizon, -1)

@@ -66,24 +66,26 @@ class ModulatedBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, mlp_ratio)
         self.modulate = nn.Linear(dim, 6 * dim)
+        self.register_buffer("rest", torch.tensor([0.0, 1.0, 1.0] * 2)[:, None], persistent=False)  # shift, scale, gate of no modulation
 
     def forward(
         self, x: Tensor, condition: Tensor, by: Rotation, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, T, L, dim], condition [B, T, 1, dim] -> the same shape as x, and keys and values of past and x."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(condition).chunk(6, -1)
-        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        modulation = self.modulate(condition).unflatten(-1, (6, -1)) + self.rest
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
+        y = torch.addcmul(shift1, self.norm1(x), scale1)
         q, k, v = self.attn.heads(y.flatten(1, 2), by)  # [B, heads, T * L, head_dim]
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # spelled out: for so few tokens it beats the fused kernel
+        scores = q @ k.transpose(2, 3)  # spelled out: for so few tokens it beats the fused kernel
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)  # which is faster than in bfloat16, too
         y = (shares @ v).transpose(1, 2).flatten(2)
-        x = torch.addcmul(x, 1 + gate1, self.attn.proj(y).unflatten(1, x.shape[1:3]))
-        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return torch.addcmul(x, 1 + gate2, self.mlp(y)), (k, v)
+        x = torch.addcmul(x, gate1, self.attn.proj(y).unflatten(1, x.shape[1:3]))
+        y = torch.addcmul(shift2, self.norm2(x), scale2)
+        return torch.addcmul(x, gate2, self.mlp(y)), (k, v)
 
 
 class Predictor(nn.Module):
@@ -167,9 +169,13 @@ class Predictor(nn.Module):
 
 @functools.lru_cache(64)
 def turns(config: PredictorConfig, start: int, steps: int, dtype: torch.dtype, device: torch.device) -> Rotation:
-    """Rotary angles of the tokens of frames start .. start + steps - 1; a planner asks for the same few all the time."""
-    grid = config.grid[0] // config.merge, config.grid[1] // config.merge
-    cos, sin = rotation(frame_places(start, steps, grid, device), config.embed_dim // config.num_heads, config.rope_base)
+    """Rotary angles of the tokens of frames start .. start + steps - 1; a planner asks for the same few all the time.
+
+    Scaled, so that products of what they turn are the scores of attention.
+    """
+    grid, head_dim = (config.grid[0] // config.merge, config.grid[1] // config.merge), config.embed_dim // config.num_heads
+    by = rotation(frame_places(start, steps, grid, device), head_dim, config.rope_base)
+    cos, sin = (x * head_dim**-0.25 for x in by)
     return cos.to(dtype), sin.to(dtype)
 
 
@@ -213,7 +219,12 @@ def frame_places(start: int, steps: int, grid: tuple[int, int], device: torch.de
 
 def expand(cache: Cache, times: int) -> Cache:
     """The cache of B problems repeated for `times` candidates each: batch B * times, candidates fastest."""
-    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
+    return [(repeated(k, times), repeated(v, times)) for k, v in cache]
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Rows of x [B, ...], each `times` times in a row: [B * times, ...]; without a copy where there is but one."""
+    return x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
 class Packed(nn.Module):
