@@ -21,7 +21,7 @@ from planners.course import Course, CourseConfig, at_least
 from planners.gate import spread
 from planners.imagine import imagine, look_ahead
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
-from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel
+from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel, held_after
 
 
 SMALLER = 0.5, 0.25  # of a refused plan's motion, in this order, the gripper as planned
@@ -117,6 +117,7 @@ class Agent:
         keep = self.model.max_context
         self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
         self._actions: deque[Tensor] = deque(maxlen=keep)
+        self._held: Tensor | None = None
         self._answer = self.fallback  # what runs until the next observation
         self._pixels, self._expected, self._still, self._holds, self._age = None, None, 0, 0, 0
         self.last = None
@@ -140,7 +141,7 @@ class Agent:
         if self._off:
             self._pursue(self._wanted, self._known)
         observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
-        decision = None if self._is_new() or not self.last.verdict.go else self._kept(observed)
+        decision = None if self._is_new() or not self.last.verdict.go else self._kept(context, observed)
         if decision is None:
             decision = self._decide(context, observed, self._course.look())
             self._course.promise(decision.energy)
@@ -170,6 +171,9 @@ class Agent:
         self._notice(np.asarray(checked["pixels"]), ran)
         if self._features:
             self._actions.append(torch.from_numpy(ran))
+            before = self._features[-1].proprio
+            if before is not None:
+                self._held = held_after(self._held, before[None], self._actions[-1][None].to(before))
         self._features.append(self.model.encode(checked))
         if self.config.readings and "proprio" in checked and hasattr(self.model, "read"):
             read = self.model.read(self._features[-1].patches)
@@ -190,16 +194,19 @@ class Agent:
         actions = torch.from_numpy(np.stack(under_way))[None].to(context.actions)  # [1, n, A]
         imagined = self.model.rollout(context, actions[:, None], self.model.sample_z((1, 1, 1, len(under_way)), None))
         pairs = zip(context.features, imagined)
-        features = (None if now is None or later is None else torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in pairs)
-        return Context(Features(*features), torch.cat((context.actions, actions), 1))
+        features = Features(*(None if now is None or later is None else torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in pairs))
+        held, places = context.held, () if features.proprio is None else features.proprio[:, -1 - len(under_way) :].unbind(1)
+        for place, action in zip(places, actions.unbind(1)):
+            held = held_after(held, place, action)
+        return Context(features, torch.cat((context.actions, actions), 1), held)
 
-    def _kept(self, observed: float) -> Decision | None:
+    def _kept(self, context: Context, observed: float) -> Decision | None:
         """The last decision, where a step of its plan is left and the gate lets it go on; else None."""
         last, age = self.last, self._age
         if age >= min(self.config.replan, last.plan.actions.shape[1]):
             return None
         rest = Features(last.imagined.patches[:, age:], None if last.imagined.proprio is None else last.imagined.proprio[:, age:])
-        verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen())
+        verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen(context))
         asked = last.later[0], verdict
         return replace(last, observed=observed, verdict=verdict, asked=asked, answer="plan") if verdict.go else None
 
@@ -211,9 +218,9 @@ class Agent:
             self._still += 1
         self._pixels = pixels.copy()
 
-    def _seen(self) -> Seen:
+    def _seen(self, context: Context) -> Seen:
         """What the gate may know besides the plan."""
-        return Seen(self._features[-1], self._pursued[self._course.subgoal], self._pixels, self._expected, self._still)
+        return Seen(self._features[-1], self._pursued[self._course.subgoal], self._pixels, self._expected, self._still, context)
 
     def _pursue(self, goals: list[Features], known: list[bool]) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
@@ -237,7 +244,7 @@ class Agent:
         proprio = torch.stack([f.proprio for f in self._features])[None] if known else None
         past = list(self._actions)[-(len(self._features) - 1) :] if len(self._features) > 1 else []
         actions = torch.stack(past)[None] if past else torch.zeros(1, 0, self.model.action_dim)
-        return Context(Features(patches, proprio), actions.to(patches))
+        return Context(Features(patches, proprio), actions.to(patches), self._held)
 
     def _observed(self, context: Context, subgoal: int) -> float:
         """Energy of the last frame to a sub-goal."""
@@ -307,7 +314,7 @@ class Agent:
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
         futures = Features(*(None if x is None else x[0, 0] for x in imagined))
         doubt = spread(futures.patches[:, -1:])
-        verdict, mean = self.gate.judge(plan, futures, self._seen()), float(energies.mean())
+        verdict, mean = self.gate.judge(plan, futures, self._seen(context)), float(energies.mean())
         return Decision(
             self.fallback, plan, futures, energies[0, 0], mean, doubt, observed, self._course.subgoal, verdict, 0.0, answer=answer
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from planners.interface import Plan, Seen, Verdict
-from worldmodel.interface import Features, Hazard
+from worldmodel.interface import Context, Features, Hazard
 
 BLANK = 3.0  # grey levels: a picture that deviates less from its mean shows nothing
 STILL = 2  # pictures that are the same to the bit while the robot is told to move
@@ -87,7 +87,9 @@ class SafetyGate:
         values = {"hazard": 0.0, "doubt": spread(imagined.patches[:, run]), "surprise": 0.0,
                   "novelty": float(novelty(seen.now.patches)), "goal_novelty": float(novelty(seen.goal.patches))}  # fmt: skip
         if self.hazard is not None:
-            values["hazard"] = float(self.hazard(futures, plan.actions[:, None, run]).max())
+            now = Features(*(None if x is None else x[None, None] for x in seen.now))
+            context = seen.context or Context(now, plan.actions[:, :0])
+            values["hazard"] = float(self.hazard(context, futures, plan.actions[:, None, run]).max())
         if seen.expected is not None:
             values["surprise"] = float((seen.expected.patches - seen.now.patches).abs().mean((-2, -1)).min())
         return values

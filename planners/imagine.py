@@ -35,7 +35,7 @@ def imagine(
         imagined, energies = look_ahead(model, context, energy, actions, z)
         if hazard is None or not risk_weight:
             return energies.mean(2)
-        return energies.mean(2) + risk_weight * tail(hazard(imagined, actions).amax(3)).to(energies)
+        return energies.mean(2) + risk_weight * tail(hazard(context, imagined, actions).amax(3)).to(energies)
 
     def cost(actions: Tensor) -> Tensor:
         return torch.cat([value(part) for part in actions.split(max(1, chunk // (b * z.shape[2])), 1)], 1)

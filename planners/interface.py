@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.interface import Features
+from worldmodel.interface import Context, Features
 
 
 class Cost(Protocol):
@@ -65,6 +65,7 @@ class Seen:
     pixels: np.ndarray  # uint8 [h, w, 3], the last picture
     expected: Features | None = None  # of the last picture, as imagined a step ago under K sampled z: patches [K, P, D]
     still: int = 0  # how many pictures before the last one were the same to the bit, although the robot was told to move
+    context: Context | None = None  # the past that the plan was made for; None: all that is known of it is `now`
 
 
 class Gate(Protocol):

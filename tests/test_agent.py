@@ -340,7 +340,7 @@ def test_a_refused_plan_is_answered_with_a_safer_one():
             size = float(plan.actions.abs().max())
             return Verdict(size <= self.limit, size, self.limit, "size")
 
-    hazard = lambda imagined, actions: (actions[:, :, None].abs().amax(-1) > 0.3).float()  # noqa: E731
+    hazard = lambda context, imagined, actions: (actions[:, :, None].abs().amax(-1) > 0.3).float()  # noqa: E731
     agent = agent_of(config=AgentConfig(risk_weight=0.0), gate=Limited(0.5))
     agent.hazard = hazard
     cautious = go(agent, Plane(), 1, FAR)[0]
@@ -373,7 +373,7 @@ def test_where_a_plan_is_refused_a_careful_planner_is_asked_once():
             return Verdict(bool((plan.actions != -0.9).any()), 0.0, 0.0, "-0.9")
 
     agent = agent_of(gate=First())
-    agent.planner, agent.hazard = Two(), lambda imagined, actions: torch.zeros(*imagined.patches.shape[:4])
+    agent.planner, agent.hazard = Two(), lambda context, imagined, actions: torch.zeros(*imagined.patches.shape[:4])
     assert go(agent, Plane(), 1, FAR)[0].answer == "cautious plan"
 
 

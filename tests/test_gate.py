@@ -67,7 +67,7 @@ def test_each_signal_has_its_own_limit_and_is_named():
     now = Features(torch.ones(3, 5))
     expected = Features(torch.stack((torch.zeros(3, 5), torch.full((3, 5), 0.7))))  # the nearer one is 0.3 off
     novelty = lambda patches: patches.max() * 2  # noqa: E731
-    hazard = lambda imagined, actions: torch.tensor([[[[0.1, 0.9], [0.4, 0.9]]]])[..., : actions.shape[2]]  # noqa: E731
+    hazard = lambda context, imagined, actions: torch.tensor([[[[0.1, 0.9], [0.4, 0.9]]]])[..., : actions.shape[2]]  # noqa: E731
     gate = SafetyGate(Limits(), hazard, novelty)
     plan = Plan(torch.zeros(1, 2, 2), torch.zeros(1), torch.zeros(1, 2, 2))
     values = gate.signals(plan, futures(k=2), Seen(now, Features(3 * torch.ones(3, 5)), PICTURE, expected))

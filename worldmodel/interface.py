@@ -36,6 +36,14 @@ class Context:
 
     features: Features  # patches [B, T, P, D], proprio [B, T, S]
     actions: Tensor  # float32 [B, T - 1, A]
+    held: Tensor | None = None  # float32 [B, S], proprioception when the gripper was told to close; NaN while it is open, as is None
+
+
+def held_after(held: Tensor | None, proprio: Tensor, actions: Tensor) -> Tensor:
+    """`Context.held` [..., S] after actions [..., A] at proprioception [..., S]; the last of A closes the gripper (-1) or opens it (1)."""
+    held = torch.full_like(proprio, torch.nan) if held is None else held
+    closes, opens = actions[..., -1:] < -0.5, actions[..., -1:] > 0.5
+    return torch.where(opens, torch.nan, torch.where(closes & held.isnan(), proprio, held))
 
 
 class Suggestion(NamedTuple):
@@ -106,8 +114,8 @@ class Energy(Protocol):
 class Hazard(Protocol):
     """How likely imagined steps are to go wrong."""
 
-    def __call__(self, imagined: Features, actions: Tensor) -> Tensor:
-        """patches [B, N, K, H, P, D], actions [B, N, H, A] -> probabilities [B, N, K, H]."""
+    def __call__(self, context: Context, imagined: Features, actions: Tensor) -> Tensor:
+        """The past, and what is imagined after it: patches [B, N, K, H, P, D], actions [B, N, H, A] -> probabilities [B, N, K, H]."""
         ...
 
 
