@@ -7,7 +7,7 @@ import torch
 from planners.imagine import imagine, tail
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.data import Frames
-from worldmodel.hazard import Outcomes, _moments_before, auroc, calibration_error, fit_hazard, held_in, judge_hazard, moments
+from worldmodel.hazard import Outcomes, moments_before, auroc, calibration_error, fit_hazard, held_in, judge_hazard, moments
 from worldmodel.interface import Context, Features
 
 
@@ -81,7 +81,7 @@ def test_it_is_asked_about_plans_as_it_was_trained_on_steps():
         context = Context(Features(patches[:, past], proprio[:, past]), actions[:, past][:, :-1], grips[:, start])
         future = Features(patches[:, ahead][:, None, None], proprio[:, ahead][:, None, None])
         asked = moments(context, future, actions[:, start : start + 3][:, None])
-        known = _moments_before(outcomes, frames, held, np.arange(start + 1, start + 4))
+        known = moments_before(outcomes, frames, held, np.arange(start + 1, start + 4))
         for a, b in zip((*asked[:-1], *asked.after), (*known[:-1], *known.after)):
             assert torch.equal(a[0, 0, 0].nan_to_num(-9), b.nan_to_num(-9))
 

@@ -129,7 +129,7 @@ def fit_hazard(
     for step in tqdm(range(steps), desc="hazard", unit="step", delay=2):
         set_rate(optimizer, rate, step, steps)
         pick = np.sort(rng.integers(len(after), size=batch))
-        logits = head.log_odds(_moments_before(sources[step % len(sources)], frames, held, after[pick]))
+        logits = head.log_odds(moments_before(sources[step % len(sources)], frames, held, after[pick]))
         optimizer.zero_grad(set_to_none=True)
         F.binary_cross_entropy_with_logits(logits, gather(targets, pick)).backward()
         optimizer.step()
@@ -140,12 +140,12 @@ def judge_hazard(head: Hazard, outcomes: Outcomes, frames: Frames, unsafe: np.nd
     """How well the head ranks and how honest it is on other steps: area under the ROC curve, expected calibration error."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])
     parts, held = np.array_split(after, max(1, len(after) // 512)), held_in(frames)
-    told = np.concatenate([head.log_odds(_moments_before(outcomes, frames, held, part)).sigmoid().numpy(force=True) for part in parts])
+    told = np.concatenate([head.log_odds(moments_before(outcomes, frames, held, part)).sigmoid().numpy(force=True) for part in parts])
     return {"hazard_auroc": auroc(told, unsafe[after] > 0), "hazard_ece": calibration_error(told, unsafe[after] > 0),
             "hazard_rate": float((unsafe[after] > 0).mean())}  # fmt: skip
 
 
-def _moments_before(outcomes: Outcomes, frames: Frames, held: np.ndarray, index: np.ndarray) -> Moment:
+def moments_before(outcomes: Outcomes, frames: Frames, held: np.ndarray, index: np.ndarray) -> Moment:
     """The steps that led to frames [B], none of them an episode's first."""
     device, begins = _device_of(outcomes), frames.offsets[frames.episode_of[index]]
     take = lambda x, i: gather(x, i, device)  # noqa: E731
