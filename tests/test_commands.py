@@ -528,7 +528,7 @@ def test_a_hazard_head_is_trained_on_what_was_played(model, dataset, tmp_path, c
     told = json.loads(capfd.readouterr().out)
     before, after = load(model), load(told["model"])
     assert torch.equal(before.predictor.place, after.predictor.place)
-    assert not torch.equal(before.hazard.squeeze.weight, after.hazard.squeeze.weight)
+    assert not torch.equal(before.hazard.feel[0].weight, after.hazard.feel[0].weight)
     assert "not empty" in refuse(capfd, *args, "--out", tmp_path / "run")
     assert "epochs is 0" in refuse(capfd, *args, "--epochs", 0, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -7,8 +7,9 @@ import torch
 from planners.imagine import imagine, tail
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.data import Frames
-from worldmodel.hazard import Outcomes, moments_before, auroc, calibration_error, fit_hazard, held_in, judge_hazard, moments
+from worldmodel.hazard import LOOKED, auroc, calibration_error, fit_hazard, held_in, judge_hazard, moments, moments_before
 from worldmodel.interface import Context, Features
+from worldmodel.probe import AttentiveProbe
 
 
 def steps(seed: int, episodes: int = 160, length: int = 25):
@@ -17,17 +18,16 @@ def steps(seed: int, episodes: int = 160, length: int = 25):
     frames = episodes * length
     proprio = rng.uniform(0, 1, (frames, 3)).astype(np.float32)
     actions = rng.uniform(-1, 1, (frames, 2)).astype(np.float32)
-    outcomes = Outcomes(rng.normal(size=(frames, 4, 6)).astype(np.float16), proprio)
+    features = rng.normal(size=(frames, 4, 6)).astype(np.float16)
     unsafe = np.zeros(frames, int)
     unsafe[1:] = (proprio[1:, 0] < 0.3) & (actions[:-1, 0] < 0)
     offsets = np.arange(0, frames + 1, length)
-    return outcomes, Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * episodes), unsafe
+    return features, proprio, Frames({"proprio": proprio, "actions": actions}, offsets, (None,) * episodes), unsafe
 
 
 @pytest.fixture(scope="module")
 def head():
-    outcomes, frames, unsafe = steps(0)
-    return fit_hazard([outcomes], frames, unsafe, epochs=20, batch=128)
+    return fit_hazard(*steps(0), epochs=20, batch=128)
 
 
 def test_it_learns_what_is_unsafe(head):
@@ -38,10 +38,21 @@ def test_it_learns_what_is_unsafe(head):
 
 def test_training_is_repeatable_and_leaves_the_generators_alone(head):
     before = torch.get_rng_state()
-    outcomes, frames, unsafe = steps(0)
-    again = fit_hazard([outcomes], frames, unsafe, epochs=20, batch=128)
+    again = fit_hazard(*steps(0), epochs=20, batch=128)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_it_may_see_as_others_have_learned_to():
+    torch.manual_seed(0)
+    look = AttentiveProbe(4, 6, 5)
+    before = {name: x.clone() for name, x in look.state_dict().items()}
+    features, told, frames, unsafe = steps(0, episodes=8)
+    head = fit_hazard(features, told, frames, unsafe, epochs=1, look=look)
+    seen = torch.from_numpy(features).float()
+    own, theirs = head.look(seen), look(seen)
+    assert torch.allclose(own, LOOKED * (theirs - theirs.mean(0)) / theirs.std(0), atol=1e-3)
+    assert all(torch.equal(x, before[name]) for name, x in look.state_dict().items())
 
 
 def test_a_planner_keeps_away_from_it(head):
@@ -71,23 +82,23 @@ def test_a_planner_keeps_away_from_it(head):
 
 def test_it_is_asked_about_plans_as_it_was_trained_on_steps():
     """The steps of a plan that is imagined as it really went are those of the data, from whichever step it is made on."""
-    outcomes, frames, _ = steps(2, episodes=3)
+    features, told, frames, _ = steps(2, episodes=3)
     frames.actions[:, -1] = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], len(frames))
     held = held_in(frames)
     for start in (25, 26, 31):  # of the second episode
         past, ahead = slice(max(25, start - 2), start + 1), slice(start + 1, start + 4)
-        tensors = [torch.from_numpy(x.astype(np.float32))[None] for x in (outcomes.patches, outcomes.proprio, frames.actions, held)]
+        tensors = [torch.from_numpy(x.astype(np.float32))[None] for x in (features, told, frames.actions, held)]
         patches, proprio, actions, grips = tensors
         context = Context(Features(patches[:, past], proprio[:, past]), actions[:, past][:, :-1], grips[:, start])
         future = Features(patches[:, ahead][:, None, None], proprio[:, ahead][:, None, None])
         asked = moments(context, future, actions[:, start : start + 3][:, None])
-        known = moments_before(outcomes, frames, held, np.arange(start + 1, start + 4))
-        for a, b in zip((*asked[:-1], *asked.after), (*known[:-1], *known.after)):
+        known = moments_before(told, frames, held, np.arange(start + 1, start + 4))
+        for a, b in zip(asked, known):
             assert torch.equal(a[0, 0, 0].nan_to_num(-9), b.nan_to_num(-9))
 
 
 def test_what_is_held_is_known_until_the_gripper_opens():
-    _, frames, _ = steps(0, episodes=1, length=6)
+    _, _, frames, _ = steps(0, episodes=1, length=6)
     frames.actions[:, -1] = [0, -1, 0, -1, 1, 0]
     held = held_in(frames)
     assert np.isnan(held[[0, 1, 5]]).all() and (held[2:5] == frames.proprio[1]).all()

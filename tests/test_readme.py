@@ -21,6 +21,7 @@ from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
 from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
+from worldmodel.probe import AttentiveProbe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,7 +72,7 @@ def tiny(folder: Path) -> Path:
         torch.manual_seed(0)
         parts = VideoEncoder(encoder), Predictor(PredictorConfig(24, encoder.grid, embed_dim=24, depth=1, num_heads=1))
         policy = Policy(encoder.patches, 24, 7, 4, 8)
-    hazard = Hazard(24, encoder.patches, 7, 4)
+    hazard = Hazard(AttentiveProbe(encoder.patches, 24, 8), 7, 4)
     model.LatentModel(*parts, hazard=hazard, guide=Guide(7, 4), policy=policy).save(folder / "model.safetensors")
     return folder / "model.safetensors"
 

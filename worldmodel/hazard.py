@@ -1,14 +1,14 @@
-"""How likely a step is to go wrong: a head on what is imagined after it, trained on what the environment called unsafe.
+"""How likely a step is to go wrong: a head on what is seen and imagined, trained on what the environment called unsafe.
 
-The encoder and the predictor stay as they are. The head knows where the hand is, where it has just come from and what it was told, where it
-closed, and sees what is imagined to follow: pressing on a table shows as a low hand that is told to go lower, by as much as what it holds
-reaches below it. It is trained on what followed and on what the predictor imagines of it, by turns: a planner asks it about the latter.
+The encoder and the predictor stay as they are. The head sees the moment before a step, and knows where the hand is, where it has
+just come from, what it was told, where it closed, and where it is imagined to come: pressing on a table shows as a low hand that is
+told to go lower, by as much as what it holds reaches below it. It is trained on what the predictor imagines, not on what followed: a
+hand that did not get where it was told has met something, but that is not known beforehand.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,60 +19,62 @@ from tqdm import tqdm
 
 from worldmodel.data import Frames
 from worldmodel.interface import Context, Features, held_after
+from worldmodel.probe import AttentiveProbe
 from worldmodel.training import gather, set_rate
 
 STEPS = 4.0  # a step's changes of proprioception are small beside the data's deviation; they count so many times
+LOOK = 64  # numbers that a head which learns to look keeps of a picture
+LOOKED = 0.5  # deviation of the numbers of a look that others have learned: there are many
+DROPOUT = 0.3
 LABEL = "privileged/unsafe"  # of a dataset: how many unsafe events there were in the step before a frame
 
 
-class Outcomes(NamedTuple):
-    """All frames of a dataset as what follows the steps before them, seen or imagined."""
-
-    patches: np.ndarray | Tensor  # float16 [F, P, D]; a tensor is on the device where heads are trained
-    proprio: np.ndarray  # float32 [F, S]
-
-
 class Moment(NamedTuple):
-    """A step, what led to it, and what follows, seen or imagined; leading axes alike."""
+    """A step, what led to it, and where it is imagined to lead; leading axes alike."""
 
     before: Tensor  # proprioception, [..., S]
     change: Tensor  # of it, in the step before, [..., S]
     ran: Tensor  # action before, [..., A]
     held: Tensor  # as `Context.held`, [..., S]
     action: Tensor  # [..., A]
-    after: Features  # patches [..., P, D], proprio [..., S]
+    after: Tensor  # proprioception, [..., S]
 
 
 class Hazard(nn.Module):
     """The probability of an unsafe event in a step.
 
-    What is felt, by millimetres, and what is seen speak for themselves: the sum of their log odds. Where the hand is in
-    relation to where it closed tells how high it carries a thing, of which no picture of 96 pixels tells millimetres.
+    Where the hand is in relation to where it closed tells how high it carries a thing, of which no picture of 96 pixels tells
+    millimetres; `look` tells where things are.
     """
 
-    def __init__(self, features: int, patches: int, proprio: int, action: int, hidden: int = 256) -> None:
+    def __init__(self, look: AttentiveProbe, proprio: int, action: int, hidden: int = 384) -> None:
         super().__init__()
-        self.squeeze = nn.Linear(features, 8)
-        self.see = nn.Sequential(nn.Linear(8 * patches, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        self.look = look
         self.feel = nn.Sequential(
-            nn.Linear(4 * proprio + 1 + 2 * action, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1),
+            nn.Linear(len(look.mean) + 4 * proprio + 1 + 2 * action, hidden), nn.GELU(), nn.Dropout(DROPOUT),
+            nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(DROPOUT),
+            nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(hidden, 1),
         )  # fmt: skip
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
 
-    def log_odds(self, moment: Moment) -> Tensor:
-        """Log odds [...] of an event in a step."""
+    def log_odds(self, looked: Tensor, moment: Moment) -> Tensor:
+        """Log odds [...] of an event in a step; looked [..., W] at what is seen before it."""
         before, _, ran, held, action, after = moment
-        moved = STEPS * torch.cat((moment.change, (before - held).nan_to_num(), after.proprio - before), -1).unflatten(-1, (3, -1)) / self.proprio_std
+        moved = STEPS * torch.cat((moment.change, (before - held).nan_to_num(), after - before), -1).unflatten(-1, (3, -1)) / self.proprio_std
         place = (before - self.proprio_mean) / self.proprio_std
-        felt = self.feel(torch.cat((place, moved.flatten(-2), (~held.isnan().any(-1, keepdim=True)).to(place), ran, action), -1))
-        return (felt + self.see(self.squeeze(after.patches).flatten(-2)))[..., 0].float()
+        holds = (~held.isnan().any(-1, keepdim=True)).to(place)
+        return self.feel(torch.cat((looked.to(place), place, moved.flatten(-2), holds, ran, action), -1))[..., 0].float()
 
     @torch.no_grad()
     def forward(self, context: Context, imagined: Features, actions: Tensor) -> Tensor:
         """Probabilities [B, N, K, H] for futures with patches [B, N, K, H, P, D], under actions [B, N, H, A]."""
-        return self.log_odds(moments(context, imagined, actions)).sigmoid()
+        moment, own = moments(context, imagined, actions), self.proprio_mean.dtype
+        axes = imagined.patches.shape[:4]
+        now = self.look(context.features.patches[:, -1].to(own))[:, None, None, None].expand(*axes[:3], 1, -1)
+        later = imagined.patches[..., : axes[3] - 1, :, :]
+        looked = torch.cat((now, self.look(later.flatten(0, 3).to(own)).view(*later.shape[:4], -1)), 3) if axes[3] > 1 else now
+        return self.log_odds(looked, moment).sigmoid()
 
 
 def moments(context: Context, imagined: Features, actions: Tensor) -> Moment:
@@ -90,7 +92,7 @@ def moments(context: Context, imagined: Features, actions: Tensor) -> Moment:
     for h in range(actions.shape[-2] - 1):
         held.append(held_after(held[-1], before[..., h, :], actions[..., h, :]))
     ran = torch.cat((spread(ran)[..., None, :], actions[..., :-1, :]), -2)
-    return Moment(before, before - earlier, ran, torch.stack(held, -2), actions, imagined)
+    return Moment(before, before - earlier, ran, torch.stack(held, -2), actions, imagined.proprio)
 
 
 def held_in(frames: Frames) -> np.ndarray:
@@ -104,59 +106,68 @@ def held_in(frames: Frames) -> np.ndarray:
 
 
 def fit_hazard(
-    sources: Sequence[Outcomes], frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 512, rate: float = 2e-3, seed: int = 0,
-    start: Hazard | None = None,
+    features: np.ndarray | Tensor, told: np.ndarray, frames: Frames, unsafe: np.ndarray, epochs: int = 6, batch: int = 512,
+    rate: float = 2e-3, seed: int = 0, look: AttentiveProbe | None = None,
 ) -> Hazard:  # fmt: skip
-    """A head trained on all steps of frames, with outcomes of each source by turns; unsafe [F] events in the step before a frame.
+    """A head trained on all steps of frames with features float16 [F, P, D], and unsafe [F] events in the step before a frame.
 
-    It begins as `start`, which stays as it is, or with random weights, and is on the device of the outcomes' patches.
+    told [F, S]: the proprioception that is imagined to follow. The head sees by `look`, which stays as it is but for the size of its
+    numbers, or learns to look. It is on the device of a tensor of features.
     """
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])  # all frames but the first of each episode
     targets = torch.from_numpy((unsafe[after] > 0).astype(np.float32))
-    if start is not None:
-        head = copy.deepcopy(start).requires_grad_(True).train()
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            head = Hazard(*sources[0].patches.shape[:0:-1], frames.proprio.shape[1], frames.actions.shape[1])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        own = AttentiveProbe(*features.shape[1:], LOOK).fitted(features) if look is None else copy.deepcopy(look)
+        head = Hazard(own.requires_grad_(look is None), frames.proprio.shape[1], frames.actions.shape[1])
         head.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
         head.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
-    device = _device_of(sources[0])
-    head, targets = head.to(device), targets.to(device)
-    steps = max(10, epochs * len(after) // batch)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.05, fused=True)
-    rng, held = np.random.default_rng(seed), held_in(frames)
-    for step in tqdm(range(steps), desc="hazard", unit="step", delay=2):
-        set_rate(optimizer, rate, step, steps)
-        pick = np.sort(rng.integers(len(after), size=batch))
-        logits = head.log_odds(moments_before(sources[step % len(sources)], frames, held, after[pick]))
-        optimizer.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(logits, gather(targets, pick)).backward()
-        optimizer.step()
+        device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+        head, targets = head.to(device), targets.to(device)
+        looked = None
+        if look is not None:
+            looked = looks(head, features)
+            mean, std = looked.mean(0), looked.std(0).clamp_min(1e-3) / LOOKED
+            looked, own.mean, own.std = ((looked - mean) / std).half(), (own.mean - mean) / std, own.std / std
+        steps = max(10, epochs * len(after) // batch)
+        optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], lr=rate, weight_decay=0.05, fused=True)
+        rng, held = np.random.default_rng(seed), held_in(frames)
+        for step in tqdm(range(steps), desc="hazard", unit="step", delay=2):
+            set_rate(optimizer, rate, step, steps)
+            pick = np.sort(rng.integers(len(after), size=batch))
+            index = after[pick]
+            seen = head.look(gather(features, index - 1)) if looked is None else gather(looked, index - 1)
+            logits = head.log_odds(seen, moments_before(told, frames, held, index, device))
+            optimizer.zero_grad(set_to_none=True)
+            F.binary_cross_entropy_with_logits(logits, gather(targets, pick)).backward()
+            optimizer.step()
     return head.requires_grad_(False).eval()
 
 
-def judge_hazard(head: Hazard, outcomes: Outcomes, frames: Frames, unsafe: np.ndarray) -> dict[str, float]:
-    """How well the head ranks and how honest it is on other steps: area under the ROC curve, expected calibration error."""
+@torch.no_grad()
+def looks(head: Hazard, features: np.ndarray | Tensor) -> Tensor:
+    """What a head keeps [F, W] of pictures' features [F, P, D]."""
+    parts = np.array_split(np.arange(len(features)), len(features) // 1024 + 1)
+    return torch.cat([head.look(gather(features, slice(part[0], part[-1] + 1))) for part in tqdm(parts, desc="look", delay=2)])
+
+
+def judge_hazard(head: Hazard, features: np.ndarray | Tensor, told: np.ndarray, frames: Frames, unsafe: np.ndarray) -> dict[str, float]:
+    """How well the head ranks and how honest it is on other steps, given as to `fit_hazard`: area under the ROC curve, expected calibration error."""
     after = np.setdiff1d(np.arange(len(frames)), frames.offsets[:-1])
-    parts, held = np.array_split(after, max(1, len(after) // 512)), held_in(frames)
-    told = np.concatenate([head.log_odds(moments_before(outcomes, frames, held, part)).sigmoid().numpy(force=True) for part in parts])
-    return {"hazard_auroc": auroc(told, unsafe[after] > 0), "hazard_ece": calibration_error(told, unsafe[after] > 0),
+    looked, held = looks(head, features), held_in(frames)
+    odds = head.log_odds(gather(looked, after - 1), moments_before(told, frames, held, after, looked.device))
+    probabilities = odds.sigmoid().numpy(force=True)
+    return {"hazard_auroc": auroc(probabilities, unsafe[after] > 0), "hazard_ece": calibration_error(probabilities, unsafe[after] > 0),
             "hazard_rate": float((unsafe[after] > 0).mean())}  # fmt: skip
 
 
-def moments_before(outcomes: Outcomes, frames: Frames, held: np.ndarray, index: np.ndarray) -> Moment:
-    """The steps that led to frames [B], none of them an episode's first."""
-    device, begins = _device_of(outcomes), frames.offsets[frames.episode_of[index]]
+def moments_before(told: np.ndarray, frames: Frames, held: np.ndarray, index: np.ndarray, device: torch.device | str = "cpu") -> Moment:
+    """The steps that led to frames [B], none of them an episode's first, and what was told [F, S] to follow."""
+    begins = frames.offsets[frames.episode_of[index]]
     take = lambda x, i: gather(x, i, device)  # noqa: E731
     before, earlier = take(frames.proprio, index - 1), take(frames.proprio, np.maximum(index - 2, begins))
     ran = take(frames.actions, np.maximum(index - 2, begins)) * torch.from_numpy(index - 2 >= begins).to(device)[:, None]
-    after = Features(*(take(x, index) for x in outcomes))
-    return Moment(before, before - earlier, ran, take(held, index - 1), take(frames.actions, index - 1), after)
-
-
-def _device_of(outcomes: Outcomes) -> torch.device:
-    return outcomes.patches.device if isinstance(outcomes.patches, Tensor) else torch.device("cpu")
+    return Moment(before, before - earlier, ran, take(held, index - 1), take(frames.actions, index - 1), take(told, index))
 
 
 def auroc(scores: np.ndarray, events: np.ndarray) -> float:

@@ -109,9 +109,7 @@ def fit_policy(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         policy = Policy(*sizes, config.width)
-    some = gather(features, slice(None, None, max(1, len(features) // 2000)), "cpu").flatten(0, 1)
-    policy.look.centre.copy_(some.mean(0))
-    policy.look.scale.copy_(some.std(0).clamp_min(1e-3))
+    policy.look.fitted(features)
     policy.proprio_mean.copy_(torch.from_numpy(frames.proprio.mean(0)))
     policy.proprio_std.copy_(torch.from_numpy(frames.proprio.std(0)).clamp_min(1e-2))
     policy.to(device)

@@ -212,7 +212,7 @@ class LatentModel(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
-        config["hazard"], config["guide"] = self.hazard is not None, self.guide is not None
+        config["hazard"], config["guide"] = None if self.hazard is None else len(self.hazard.look.mean), self.guide is not None
         config["policy"] = None if self.policy is None else self.policy.width
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
@@ -245,7 +245,7 @@ def load(path: str | Path | None = None) -> LatentModel:
     sizes = encoder.config.patches, encoder.config.embed_dim, predictor.config.proprio_dim
     reader = AttentiveProbe(*sizes) if config.get("reader") else None
     own = predictor.config
-    hazard = Hazard(*sizes[1::-1], own.proprio_dim, own.action_dim) if config.get("hazard") else None
+    hazard = Hazard(AttentiveProbe(*sizes[:2], config["hazard"]), own.proprio_dim, own.action_dim) if config.get("hazard") else None
     guide = Guide(own.proprio_dim, own.action_dim) if config.get("guide") else None
     policy = Policy(*sizes, own.action_dim, config["policy"]) if config.get("policy") else None
     model = LatentModel(encoder, predictor, reader, about, hazard, guide, policy)

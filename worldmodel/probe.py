@@ -65,6 +65,13 @@ class AttentiveProbe(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out))
 
+    def fitted(self, features: Tensor | np.ndarray) -> AttentiveProbe:
+        """Itself, knowing the mean and deviation of features [M, P, D], from about 2,000 of them."""
+        some = gather(features, slice(None, None, max(1, len(features) // 2000)), self.centre.device).flatten(0, 1)
+        self.centre.copy_(some.mean(0))
+        self.scale.copy_(some.std(0).clamp_min(1e-3))
+        return self
+
     def forward(self, features: Tensor) -> Tensor:
         """features [B, P, D] -> [B, out]."""
         # x = (features - centre) / scale + place, without making it: features, the one large tensor, are read twice
@@ -83,11 +90,9 @@ def fit(features: Tensor | np.ndarray, targets: Tensor, weight: Tensor, epochs: 
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        probe = AttentiveProbe(features.shape[1], features.shape[2], targets.shape[1])
-    some = gather(features, slice(None, None, max(1, len(features) // 2000))).flatten(0, 1)
-    probe, targets, weight = (x.to(some.device) for x in (probe, targets, weight))
-    probe.centre.copy_(some.mean(0))
-    probe.scale.copy_(some.std(0).clamp_min(1e-3))
+        probe = AttentiveProbe(features.shape[1], features.shape[2], targets.shape[1]).fitted(features)
+    device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+    probe, targets, weight = (x.to(device) for x in (probe, targets, weight))
     probe.mean.copy_(targets.mean(0))
     probe.std.copy_(targets.std(0).clamp_min(1e-4))
     rate, batch = 3e-3, 128

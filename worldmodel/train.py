@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from worldmodel.data import Dataset, Frames, keys_of, read_episode, remove_leftovers
 from worldmodel.encoder import autocast
 from worldmodel.guide import fit_guide
-from worldmodel.hazard import LABEL, Hazard, Outcomes, fit_hazard, judge_hazard
+from worldmodel.hazard import LABEL, Hazard, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
 from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
@@ -195,34 +194,26 @@ def evaluate(predictor: Predictor, features: np.ndarray | Tensor, frames: Frames
 
 
 @torch.no_grad()
-def imagined_outcomes(predictor: Predictor, seen: Outcomes, frames: Frames, path: Path, seed: int) -> Outcomes:
-    """Every frame as imagined from those before it, under one sampled z; the first of an episode as it is.
-
-    Kept in a file, or where the seen ones are, on a GPU.
-    """
-    device, on_gpu = predictor.norm.weight.device, isinstance(seen.patches, Tensor)
-    patches = torch.empty_like(seen.patches) if on_gpu else np.memmap(path, np.float16, "w+", shape=seen.patches.shape)
-    proprio = frames.proprio.copy()
+def imagined_proprio(predictor: Predictor, features: np.ndarray | Tensor, frames: Frames, seed: int) -> np.ndarray:
+    """Proprioception [F, S] of every frame as imagined from those before it, under one sampled z; the first of an episode as it is."""
+    device, proprio = predictor.norm.weight.device, frames.proprio.copy()
     pieces = defaultdict(list)  # by length and how many frames of it are only past: frames to begin at
     for begin, end in itertools.pairwise(frames.offsets):
-        patches[begin] = seen.patches[begin]
         for first in range(begin, end - 1, IMAGINED_AT_ONCE):
             start, stop = max(begin, first - predictor.config.window + 1), min(first + IMAGINED_AT_ONCE, end - 1)
             pieces[stop - start, first - start].append(start)
-    batch = EPISODES_AT_ONCE if on_gpu else 1
+    batch = EPISODES_AT_ONCE if isinstance(features, Tensor) else 1
     parts = [(n, past, np.array(starts[i : i + batch])) for (n, past), starts in pieces.items() for i in range(0, len(starts), batch)]
     generator = torch.Generator().manual_seed(seed)
     for length, past, starts in tqdm(parts, desc="imagine", delay=2):
         index = starts[:, None] + np.arange(length + 1)
-        clip, actions = _clip(seen.patches, frames, index, device)
+        clip, actions = _clip(features, frames, index, device)
         now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])
         noise = torch.randn(*actions.shape[:2], predictor.config.latent_dim, generator=generator).to(actions)
         with autocast(device):
             after, _ = predictor(now, actions, predictor.prior_of(now, actions).sample(noise))
-        told, own = after.patches[:, past:].half(), index[:, past + 1 :]
-        patches[torch.from_numpy(own).to(device) if on_gpu else own] = told if on_gpu else told.numpy(force=True)
-        proprio[own] = after.proprio[:, past:].numpy(force=True)
-    return Outcomes(patches, proprio)
+        proprio[index[:, past + 1 :]] = after.proprio[:, past:].numpy(force=True)
+    return proprio
 
 
 def _new_predictor(config: TrainConfig, encoder: Encoder, frames: Frames) -> Predictor:
@@ -301,7 +292,7 @@ def train(
     scores |= {f"reader_rmse/{i}": error for i, error in enumerate(wrong)}
     hazard = None
     if has(data, LABEL):
-        hazard, told = learn_hazard(predictor, features, parts, frames, cache, config.seed)
+        hazard, told = learn_hazard(predictor, features, parts, frames, config.seed)
         scores |= told
     predictor.cpu()
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
@@ -314,19 +305,14 @@ def train(
 
 
 def learn_hazard(
-    predictor: Predictor, features: dict[str, np.ndarray | Tensor], parts: dict[str, Dataset], frames: dict[str, Frames], scratch: Path,
-    seed: int, epochs: int = 6, start: Hazard | None = None,
+    predictor: Predictor, features: dict[str, np.ndarray | Tensor], parts: dict[str, Dataset], frames: dict[str, Frames], seed: int,
+    epochs: int = 6, look: AttentiveProbe | None = None,
 ) -> tuple[Hazard, dict[str, float]]:  # fmt: skip
-    """A hazard head from the steps of `train`, as seen and as a predictor imagines them, and what it is worth on those of `held`.
-
-    Each dictionary has both; what is imagined lies in the folder `scratch` meanwhile.
-    """
+    """A hazard head from the steps of `train`, as a predictor imagines them, and what it is worth on those of `held`; each dictionary has both."""
     unsafe = {name: part.load(keys=(LABEL,)).arrays[LABEL] for name, part in parts.items()}
-    with tempfile.TemporaryDirectory(f".{os.getpid()}.tmp", ".imagined-", scratch) as folder:
-        seen = {name: Outcomes(features[name], frames[name].proprio) for name in parts}
-        told = {name: imagined_outcomes(predictor, seen[name], frames[name], Path(folder, name), seed) for name in parts}
-        hazard = fit_hazard([seen["train"], told["train"]], frames["train"], unsafe["train"], epochs, seed=seed, start=start)
-        scores = judge_hazard(hazard, told["held"], frames["held"], unsafe["held"])
+    told = {name: imagined_proprio(predictor, features[name], frames[name], seed) for name in parts}
+    hazard = fit_hazard(features["train"], told["train"], frames["train"], unsafe["train"], epochs, seed=seed, look=look)
+    scores = judge_hazard(hazard, features["held"], told["held"], frames["held"], unsafe["held"])
     return hazard.cpu(), scores
 
 

@@ -1,8 +1,8 @@
-"""Train a model's hazard head further: how likely a step is to go wrong, for what a planner weighs and a gate refuses.
+"""Train a hazard head for a model: how likely a step is to go wrong, for what a planner weighs and a gate refuses.
 
 `worldmodel train` makes one from all of its data. One that knows the steps of those who will ask it tells them better:
-`worldmodel bench --policy imitation --record` keeps a policy's own, with what went wrong. Writes OUT/model.safetensors, the given
-model with its head as trained here; all else stays as it is.
+`worldmodel bench --policy imitation --record` keeps a policy's own, with what went wrong. It sees as the model's policy does, and
+learns to look where there is none. Writes OUT/model.safetensors, the given model with this head; all else stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Config:
     out: Path
     """folder of the result; new or empty"""
     model: Path | None = None
-    """model.safetensors whose head goes on, or which gets one (None: the shipped model)"""
+    """model.safetensors which gets the head (None: the shipped model)"""
     cache: Path | None = None
     """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
     threads: int = 2
@@ -29,7 +29,7 @@ class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     """where it trains: cpu, cuda"""
     epochs: int = 25
-    """passes over the steps of the data, as seen and as imagined by turns"""
+    """passes over the steps of the data"""
     seed: int = 0
     """seed of weights and order"""
 
@@ -64,7 +64,8 @@ def run(config: Config) -> dict:
     with workers.owned(config.out, "hazard") as folder:
         features = dict(zip(parts, placed_features(world.encoder, list(parts.values()), cache, device)))
         world.predictor.to(device)
-        world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, cache, config.seed, config.epochs, world.hazard)
+        look = None if world.policy is None else world.policy.look
+        world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, config.seed, config.epochs, look)
         world.predictor.cpu()
         recipe = {"data": data.fingerprint, "encoder": identify(world.encoder), "epochs": config.epochs, "seed": config.seed}
         world.about["hazard"] = {"recipe": recipe, "held_out": scores}
