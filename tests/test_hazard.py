@@ -7,7 +7,7 @@ import torch
 from planners.imagine import imagine, tail
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.data import Frames
-from worldmodel.hazard import LOOKED, auroc, calibration_error, fit_hazard, held_in, judge_hazard, moments, moments_before
+from worldmodel.hazard import LOOKED, auroc, calibration_error, fit_hazard, held_in, judge_hazard, looks, moments, moments_before
 from worldmodel.interface import Context, Features
 from worldmodel.probe import AttentiveProbe
 
@@ -95,6 +95,19 @@ def test_it_is_asked_about_plans_as_it_was_trained_on_steps():
         known = moments_before(told, frames, held, np.arange(start + 1, start + 4))
         for a, b in zip(asked, known):
             assert torch.equal(a[0, 0, 0].nan_to_num(-9), b.nan_to_num(-9))
+
+
+def test_a_plan_that_goes_as_imagined_is_as_likely_to_go_wrong_as_its_steps_in_the_data(head):
+    """The head sees the same pictures before the same steps, whoever asks."""
+    features, told, frames, _ = steps(2, episodes=3)
+    held, start = held_in(frames), 26
+    patches, proprio, actions, grips = (torch.from_numpy(x.astype(np.float32))[None] for x in (features, told, frames.actions, held))
+    context = Context(Features(patches[:, 25:27], proprio[:, 25:27]), actions[:, 25:26], grips[:, start])
+    future = Features(patches[:, None, None, 27:30], proprio[:, None, None, 27:30])
+    asked = head(context, future, actions[:, None, start : start + 3])[0, 0, 0]
+    after = np.arange(start + 1, start + 4)
+    known = head.log_odds(looks(head, features)[torch.from_numpy(after - 1)], moments_before(told, frames, held, after)).sigmoid()
+    assert torch.allclose(asked, known, atol=1e-5) and asked.std() > 0
 
 
 def test_what_is_held_is_known_until_the_gripper_opens():
