@@ -16,6 +16,7 @@ import numpy as np
 from envs.base import EnvConfig
 from envs.control import MAX_OPENING, MOVE, WORKSPACE
 from envs.scene import OBJECTS, POST_HEIGHT
+from envs.tasks import RETRACT
 
 Info = Mapping[str, Any]
 Policy = Callable[[Info], np.ndarray]
@@ -167,6 +168,80 @@ class Expert:
         return np.array([tcp[0], tcp[1], self._spec.half_height + self._spec.grasp_height + 0.09]), MAX_OPENING
 
 
+class Careful:
+    """Picks and places where a mistake hurts: high up until it is over a place, then straight down, slowly at last, with room left below.
+
+    It keeps no memory: what it does hangs on where things are alone, from wherever it comes, as a policy must that sees one
+    picture. `noise` is a share of each motion; a jolt, which begins so often, is a step or two of anything. So often it
+    first comes `astray`: straight to somewhere beside the object, and low.
+    """
+
+    HIGH, LIFTED = 0.09, 0.105  # m over the place, where the open hand and what it carries go sideways: over the posts
+    NEAR, SLOPE = 0.008, 6.0  # m aside, where it may be all the way down; m that it is higher for each further
+    OVER, BESIDE = 0.035, 0.02  # m over the place, from where on it may go so far sideways
+    ROOM = 0.005  # m over the table, and over the middle of the grasp, where it closes and lets go
+    SLOW = 0.4  # of an action, on the last 4 cm down
+
+    def __init__(self, config: EnvConfig, rng: np.random.Generator, noise: float = 0.0, jolts: float = 0.0, astray: float = 0.0) -> None:
+        self._spec, self._dim, self._rng = OBJECTS[config.object], config.action_dim, rng
+        self._noise, self._jolts, self._left, self._jolt = noise, jolts, 0, np.zeros(3)
+        self._astray = int(rng.integers(1, 5)) if rng.random() < astray else 0  # steps
+        self._beside = np.append(rng.normal(0.0, 0.015, 2), rng.uniform(0.02, 0.08))
+
+    def __call__(self, info: Info) -> np.ndarray:
+        """Return the action [action_dim] for the state that `info` tells of."""
+        motion, opening = self._wanted(info)
+        motion = motion / MOVE
+        motion = motion / max(1.0, *map(abs, motion.tolist()))
+        if self._noise:
+            motion = motion + self._rng.normal(0.0, self._noise, 3) * max(0.1, *map(abs, motion.tolist()))
+        if self._jolts and not self._left and self._rng.random() < self._jolts:
+            self._left, self._jolt = int(self._rng.integers(1, 3)), self._rng.uniform(-1, 1, 3) * self._rng.uniform(0.2, 1.0)
+        if self._left:
+            self._left, motion = self._left - 1, self._jolt
+        elif self._astray:
+            self._astray, motion = self._astray - 1, (info["privileged/object_pos"] + self._beside - info["privileged/tcp_pos"]) / MOVE
+            motion = motion / max(1.0, *map(abs, motion.tolist()))
+        return compose(motion, opening, info, self._dim)
+
+    def _wanted(self, info: Info) -> tuple[np.ndarray, float]:
+        """The motion [3], m, and the opening that is commanded, m."""
+        tcp, thing, target = info["privileged/tcp_pos"], info["privileged/object_pos"], info["privileged/target_pos"]
+        spec, still = self._spec, np.zeros(3)
+        command, opening, held = info["privileged/command"], info["privileged/opening"], info["privileged/grasped"]
+        grasp, foot = thing + (spec.grasp_height + self.ROOM) * _UP, thing[2] - spec.half_height
+        if foot < self.ROOM + 0.004 and _length((target - thing)[:2]) < 0.012:  # there: let go, then up
+            free = opening > spec.width + 0.02
+            return (max(0.0, grasp[2] + RETRACT - tcp[2]) * _UP if free else still), MAX_OPENING
+        if held and foot < 0.02 and command > 0:
+            return still, 0.0
+        if held:
+            return self._way(thing, np.array([*target[:2], spec.half_height + self.ROOM - 0.001]), self.LIFTED), 0.0
+        aside, above = _length((tcp - grasp)[:2]), abs(tcp[2] - grasp[2])
+        if command < 0.07:  # it has begun to close
+            missed = max(aside, above) > 0.015 or (command < 0.01 and opening < spec.width - 0.012)
+            return (0.02 * _UP, MAX_OPENING) if missed else (still, 0.0)
+        if aside < 0.011 and above < 0.008:
+            return still, 0.0
+        return self._way(tcp, grasp, self.HIGH), MAX_OPENING
+
+    def _way(self, at: np.ndarray, place: np.ndarray, high: float) -> np.ndarray:
+        """The motion [3], m, from a point [3] towards a place [3]; sideways as far as it is high enough for that."""
+        to, above = (place - at)[:2], at[2] - place[2]
+        aside = _length(to)
+        least = self._height(aside - self.BESIDE, self.OVER, high) if aside > self.NEAR else 0.0
+        free = min(1.0, max(0.0, 1.0 - (least - above) / 0.02))
+        step = to * free
+        step = step * min(1.0, MOVE / max(*map(abs, step.tolist()), 1e-9))
+        then = self._height(max(_length(to - step), 0.6 * aside) - self.NEAR, 0.0, high)  # a step that ends over the place begins beside it
+        rise = (then if free == 1.0 else max(then, least + 0.005)) - above
+        return np.array([*step, max(rise, -min(MOVE, max(above - 0.04, self.SLOW * MOVE)))])
+
+    def _height(self, beyond: float, least: float, high: float) -> float:
+        """m over a place, so far beyond where it may be at the least height."""
+        return min(least + self.SLOPE * max(0.0, beyond), high)
+
+
 def compose(motion: np.ndarray, opening: float, info: Info, dim: int) -> np.ndarray:
     """Return an action [dim] float32: `motion` [3] in units of an action, and whatever leads to a commanded opening in m."""
     action = np.zeros(dim)
@@ -279,6 +354,11 @@ def hasty(config: EnvConfig, rng: np.random.Generator) -> Policy:
     return Expert(config, rng, _careless(config, 0.7, style, rng))
 
 
+def careful(config: EnvConfig, rng: np.random.Generator) -> Policy:
+    """Return an expert that keeps away from all that could be hurt, at times jolted off its way, which it finds back to."""
+    return Careful(config, rng, rng.uniform(0.0, 0.15), rng.choice([0.0, 0.1]), 0.4)
+
+
 def play(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return a playing policy."""
     return Play(config, rng)
@@ -301,7 +381,7 @@ def mixture(config: EnvConfig, rng: np.random.Generator) -> Policy:
 
 
 BEHAVIOURS: dict[str, Callable[[EnvConfig, np.random.Generator], Policy]] = {
-    f.__name__: f for f in (expert, varied, noisy, failing, hasty, play, random, nothing, mixture)
+    f.__name__: f for f in (expert, varied, noisy, failing, hasty, careful, play, random, nothing, mixture)
 }
 
 

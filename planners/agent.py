@@ -24,6 +24,7 @@ from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdic
 from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel, held_after
 
 
+IDLE = 0.15  # of an action: a detour that moves less at first leads nowhere
 SMALLER = 0.5, 0.25  # of a refused plan's motion, in this order, the gripper as planned
 
 
@@ -39,11 +40,12 @@ class AgentConfig(CourseConfig):
     caution: float = 10.0  # the same of the plan that is made when the gate has refused one
     readings: int = 5  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
+    worry: float = 0.1  # share of a gate's limit from which on it goes by the model's detour, if there is one, to the episode's end
     refusals: int = 10  # holds in a row after which it hands over
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, replan=1, samples_z=0, looks=1, chunk=1, risk_weight=0, caution=0, readings=0, refusals=1)
+        at_least(self, replan=1, samples_z=0, looks=1, chunk=1, risk_weight=0, caution=0, readings=0, worry=0, refusals=1)
         if self.replan > self.horizon:
             raise ValueError(f"replan is {self.replan} with horizon {self.horizon}: expected at most as many steps")
 
@@ -64,7 +66,7 @@ class Decision:
     seconds: float  # that this step's decision took
     later: Sequence[np.ndarray] = ()  # what its plan has left after the action, each float32 [A]
     asked: tuple[np.ndarray, Verdict] | None = None  # the first plan's action [A], and what the gate said of it; None: none made
-    answer: str = "plan"  # to the gate: plan, or where that was refused a cautious plan, a smaller step, retreat, hold, hand over
+    answer: str = "plan"  # to the gate: plan, or where that was refused a detour, a cautious plan, a smaller step, retreat, hold, hand over
 
 
 class Agent:
@@ -119,7 +121,7 @@ class Agent:
         self._actions: deque[Tensor] = deque(maxlen=keep)
         self._held: Tensor | None = None
         self._answer = self.fallback  # what runs until the next observation
-        self._pixels, self._expected, self._still, self._holds, self._age = None, None, 0, 0, 0
+        self._pixels, self._expected, self._still, self._holds, self._age, self._wary = None, None, 0, 0, 0, False
         self.last = None
 
     @torch.no_grad()
@@ -257,46 +259,59 @@ class Agent:
     def _decide(self, context: Context, observed: float, horizon: int) -> Decision:
         """Make a new plan, imagine it under several z, and have the gate judge it; where it refuses, try what is safer."""
         config, generator = self.config, self._generator
-        suggested = self._suggested(context, horizon)
+        detour = self._detour(context, horizon) if self._wary else None
+        suggested = detour or self._way("suggest", context, horizon)
         cost = self._cost(context, horizon, suggested, config.risk_weight)
-        planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
+
+        def as_told(actions: Tensor) -> Plan:
+            """A plan of actions [A] or [1, H, A] as they are."""
+            actions = actions.to(start).expand_as(start)
+            return Plan(actions, cost(actions[:, None])[:, 0], torch.zeros_like(actions))
+
         start = self._warm_start(suggested, horizon)
-        plan = planner.plan(cost, start, generator)
+        planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
+        plan = planner.plan(cost, start, generator) if detour is None else as_told(detour.actions[None])
         if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
         asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
-        if not decision.verdict.go and self.hazard is not None:
+        if not self._wary and decision.verdict.score > config.worry * decision.verdict.limit:
+            detour = self._detour(context, horizon)
+            self._wary = detour is not None
+            safer = self._judged(as_told(detour.actions[None]), context, observed, "detour") if detour is not None else decision
+            if not decision.verdict.go or safer.verdict.score < decision.verdict.score:
+                decision, plan = safer, safer.plan
+        if not decision.verdict.go and detour is None and self.hazard is not None:
             careful = getattr(self.planner, "careful", self.planner)
             cautious = careful.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
 
         gripper = list(getattr(self.planner, "choices", ()))
-
-        def instead(action: Tensor, answer: str) -> Decision:
-            """Of other actions [A] or [1, H, A] than those of the last plan."""
-            actions = action.to(plan.actions).expand_as(plan.actions)
-            return self._judged(replace(decision.plan, actions=actions, cost=cost(actions[:, None])[:, 0]), context, observed, answer)
-
         for share in SMALLER:
             if not decision.verdict.go:
                 smaller = plan.actions * share
                 smaller[..., gripper] = plan.actions[..., gripper]
-                decision = instead(smaller, "smaller step")
+                decision = self._judged(as_told(smaller), context, observed, "smaller step")
         if not decision.verdict.go and config.retreat:
-            decision = instead(torch.tensor(config.retreat), "retreat")
+            decision = self._judged(as_told(torch.tensor(config.retreat)), context, observed, "retreat")
         if not decision.verdict.go:  # what runs is the fallback, and what is expected is what follows from that
             answer = "hand over" if self._holds + 1 >= config.refusals else "hold"
-            decision = replace(instead(torch.from_numpy(self.fallback), answer), verdict=decision.verdict)
+            held = self._judged(as_told(torch.from_numpy(self.fallback)), context, observed, answer)
+            decision = replace(held, verdict=decision.verdict)
         return replace(decision, asked=asked)
 
-    def _suggested(self, context: Context, horizon: int) -> Suggestion | None:
-        """What the model says of the way to the goals ahead, if it says anything."""
-        if not hasattr(self.model, "suggest"):
+    def _way(self, which: str, context: Context, horizon: int) -> Suggestion | None:
+        """What the model says of the way to the goals ahead, if it says anything: `suggest`, or `detour` of a safer one."""
+        if not hasattr(self.model, which):
             return None
         now = Features(*(None if x is None else x[0, -1] for x in context.features))
-        return self.model.suggest(now, self._pursued[self._course.subgoal :], horizon)
+        return getattr(self.model, which)(now, self._pursued[self._course.subgoal :], horizon)
+
+    def _detour(self, context: Context, horizon: int) -> Suggestion | None:
+        """A safer way, if the model says one, and it leads anywhere."""
+        way = self._way("detour", context, horizon)
+        return None if way is None or bool((way.actions[0].abs() < IDLE).all()) else way
 
     def _cost(self, context: Context, horizon: int, suggested: Suggestion | None, risk_weight: float) -> Cost:
         """Of plans to the sub-goal, or to what lies on the way to it."""

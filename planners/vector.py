@@ -135,10 +135,16 @@ class _Shared:
         return self._model.rollout(context, actions, z) if turn is None else turn.ask("rollout", context, actions, z)
 
     def suggest(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
-        if not hasattr(self._model, "suggest"):
+        return self._way("suggest", now, goals, horizon)
+
+    def detour(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        return self._way("detour", now, goals, horizon)
+
+    def _way(self, which: str, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        if not hasattr(self._model, which):
             return None
         turn = getattr(_Turn.own, "turn", None)
-        return self._model.suggest(now, goals, horizon) if turn is None else turn.ask("suggest", now, goals, horizon)
+        return getattr(self._model, which)(now, goals, horizon) if turn is None else turn.ask(which, now, goals, horizon)
 
     def together(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         """Results of tasks that ask this model; raises the first error of any once all are over."""
@@ -167,9 +173,9 @@ class _Shared:
                 if kind == "encode":
                     whole = self._model.encode({key: np.stack([obs[key] for (obs,) in questions]) for key in questions[0][0]})
                     answers = [Features(*(None if x is None else x[i] for x in whole)) for i in range(len(group))]
-                elif kind == "suggest":
+                elif kind in ("suggest", "detour"):
                     nows, goals, (horizon, *_) = zip(*questions)
-                    whole = self._model.suggest(_stacked(nows), [_stacked(each) for each in zip(*goals)], horizon)
+                    whole = getattr(self._model, kind)(_stacked(nows), [_stacked(each) for each in zip(*goals)], horizon)
                     answers = [None if whole is None else _row(whole, i) for i in range(len(group))]
                 else:
                     contexts, actions, z = zip(*questions)
@@ -208,7 +214,7 @@ def _shape(question: tuple) -> tuple:
     kind, first, *others = question
     if kind == "encode":
         return kind, *((key, np.shape(first[key])) for key in sorted(first))
-    if kind == "suggest":
+    if kind in ("suggest", "detour"):
         goals, horizon = others
         return kind, horizon, *((x.patches.shape, x.proprio is None) for x in (first, *goals))
     proprio = None if first.features.proprio is None else first.features.proprio.shape[1:]

@@ -12,7 +12,7 @@ from planners.gate import Limits, SafetyGate
 from planners.interface import Plan, Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.energy import GoalEnergy
-from worldmodel.interface import Context, Features
+from worldmodel.interface import Context, Features, Suggestion
 
 STEP = 0.1  # of the plane's side, that an action of 1 moves
 
@@ -375,6 +375,44 @@ def test_where_a_plan_is_refused_a_careful_planner_is_asked_once():
     agent = agent_of(gate=First())
     agent.planner, agent.hazard = Two(), lambda context, imagined, actions: torch.zeros(*imagined.patches.shape[:4])
     assert go(agent, Plane(), 1, FAR)[0].answer == "cautious plan"
+
+
+@dataclass
+class Detouring(PlaneModel):
+    """Knows a slow way along the second dimension, too."""
+
+    speed: float = 0.2
+
+    def detour(self, now, goals, horizon):
+        return Suggestion(torch.tensor([[0.0, self.speed]]).expand(horizon, 2), goals[0], True)
+
+
+def test_once_a_plan_is_near_the_limit_it_goes_by_the_detour_to_the_end():
+    class Sideways:
+        """Scores motion along the first dimension, refuses what goes too far along either."""
+
+        def __init__(self, limit):
+            self.limit = limit
+
+        def judge(self, plan, imagined, seen):
+            score = float(plan.actions[0, 0].abs().max())
+            return Verdict(score <= self.limit, score, self.limit, "far")
+
+    def answers(model, limit, **config):
+        agent = agent_of(model, AgentConfig(**config), gate=Sideways(limit), hazard=lambda _, imagined, __: torch.zeros(*imagined.patches.shape[:4]))
+        return go(agent, Plane(), 4, FAR)
+
+    refused = answers(Detouring(), 0.5)
+    assert [d.answer for d in refused] == ["detour", "plan", "plan", "plan"] and all(np.allclose(d.action, [0.0, 0.2]) for d in refused)
+    assert not refused[0].asked[1].go and refused[0].verdict.go and refused[1].asked[1].go
+    near = answers(Detouring(), 1.5)
+    assert [d.answer for d in near] == ["detour", "plan", "plan", "plan"] and near[0].asked[1].go
+    assert all(np.abs(d.action).max() > 0.5 for d in answers(Detouring(), 1.5, worry=0.9)[:2])  # far from the limit it is not asked
+    shorter = answers(Detouring(), 0.15)
+    assert [d.answer for d in shorter] == ["smaller step"] * 4 and all(np.allclose(d.action, [0.0, 0.1]) for d in shorter)
+    idle = answers(Detouring(speed=0.1), 0.5)
+    assert "detour" not in [d.answer for d in idle] and idle[0].answer != "plan"
+    assert [d.answer for d in go(agent_of(Detouring()), Plane(), 2, FAR)] == ["plan"] * 2  # no gate
 
 
 def test_imagination_in_chunks_costs_the_same_and_bounds_what_is_held():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs.experts import BEHAVIOURS, make_policy
+from envs.experts import BEHAVIOURS, Careful, make_policy
 from envs.randomize import LEVELS, SHIFTS
 from envs.run import rollout
 from envs.scene import OBJECTS, POSTS
@@ -164,6 +164,35 @@ def test_a_hasty_hand_comes_down_aslant_and_presses():
         hasty.append(any(unsafe))
     env.close()
     assert sum(hasty) >= 3 and sum(aslant) >= 5
+
+
+@pytest.mark.parametrize("object", ["box", "cup"])
+def test_a_careful_hand_hurts_nothing_and_finds_back(object):
+    env = envs.make(envs.EnvConfig("pick-place-fragile", object, render_goals=False, image_size=16))
+    plain, jolted = [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        careful = Careful(env.config, rng), make_policy("careful", env.config, rng)
+        first, second = (rollout(env, lambda obs, info, policy=policy: policy(info), seed) for policy in careful)
+        plain.append(first.success and not any(info["unsafe"] for info in first.infos))
+        jolted.append(second.success)
+    env.close()
+    assert all(plain) and sum(jolted) >= 7
+
+
+def test_a_careful_hand_needs_no_memory():
+    """Its action is the same whatever it did before."""
+    env = envs.make(envs.EnvConfig("pick-place-fragile", render_goals=False, image_size=16))
+    policy, infos = Careful(env.config, np.random.default_rng(0)), []
+
+    def act(obs, info):
+        infos.append(info)
+        return policy(info)
+
+    actions = rollout(env, act, 0).actions
+    env.close()
+    fresh = [Careful(env.config, np.random.default_rng(0))(info) for info in infos]
+    assert np.array_equal(actions, np.stack(fresh))
 
 
 def test_unknown_behaviour_is_named():

@@ -51,7 +51,7 @@ def test_a_model_suggests_what_its_policy_does_in_what_it_imagines(tmp_path):
         torch.manual_seed(0)
         encoder = VideoEncoder(EncoderConfig(image_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=1))
         predictor = Predictor(PredictorConfig(feature_dim=12, grid=(2, 2), proprio_dim=3, action_dim=4, embed_dim=12, depth=1, num_heads=1))
-    LatentModel(encoder, predictor, policy=made()).save(tmp_path / "model.safetensors")
+    LatentModel(encoder, predictor, policy=made(), careful=made(5)).save(tmp_path / "model.safetensors")
     model = load(tmp_path / "model.safetensors")
     now, goals = Features(torch.randn(2, 4, 12), torch.zeros(2, 3)), [Features(torch.randn(2, 4, 12)) for _ in range(2)]
     both = model.suggest(now, goals, 3)
@@ -62,6 +62,8 @@ def test_a_model_suggests_what_its_policy_does_in_what_it_imagines(tmp_path):
         assert torch.allclose(whole[1], part, atol=1e-5) and part.dim() == whole.dim() - 1
     assert torch.equal(both.actions[:, :2], model.suggest(now, goals, 2).actions)
     assert model.suggest(Features(now.patches), goals, 3) is None  # it needs the hand's own place
+    assert torch.equal(model.detour(now, goals, 1).actions[:, 0], model.careful.choose(now, goals[1].patches))
+    assert model.detour(Features(now.patches), goals, 3) is None
 
 
 def test_the_last_action_is_a_gripper():

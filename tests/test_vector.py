@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from planners.agent import Agent, AgentConfig
+from planners.interface import Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
 from planners.vector import VectorAgent
 from worldmodel.encoder import EncoderConfig, VideoEncoder
@@ -26,8 +27,17 @@ def world() -> LatentModel:
         return LatentModel(encoder, predictor)
 
 
-def make(model) -> Agent:
-    return Agent(model, SamplingPlanner(SamplingConfig(samples=8, iterations=2, elites=3)), GoalEnergy, AgentConfig(patience=None))
+def make(model, **parts) -> Agent:
+    planner = SamplingPlanner(SamplingConfig(samples=8, iterations=2, elites=3))
+    return Agent(model, planner, GoalEnergy, AgentConfig(patience=None), **parts)
+
+
+class Fussy:
+    """Refuses what goes far along the first dimension."""
+
+    def judge(self, plan, imagined, seen):
+        far = float(plan.actions[0, 0, 0].abs())
+        return Verdict(far <= 0.3, far, 0.3, "far")
 
 
 def pictures(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -43,17 +53,19 @@ def suggesting(world, begin) -> LatentModel:
     """The same model with a policy, a guide, or neither."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        policy = Policy(16, 24, 7, 4, 8) if begin == "policy" else None
+        policy = Policy(16, 24, 7, 4, 8) if begin in ("policy", "detour") else None
         guide = Guide(7, 4) if begin == "guide" else None
+        careful = Policy(16, 24, 7, 4, 8) if begin == "detour" else None
     if guide is not None:
         guide.inverse[:3, :3] = 5 * torch.eye(3)
-    return LatentModel(world.encoder, world.predictor, guide=guide, policy=policy)
+    return LatentModel(world.encoder, world.predictor, guide=guide, policy=policy, careful=careful)
 
 
-@pytest.mark.parametrize("begin", ["policy", "guide", "nothing"])
+@pytest.mark.parametrize("begin", ["policy", "guide", "nothing", "detour"])
 def test_each_decides_as_it_would_alone(world, begin):
-    world = suggesting(world, begin)
-    goals, several, alone = pictures(3, 0), VectorAgent(make, world, 3), [make(world) for _ in range(3)]
+    world, parts = suggesting(world, begin), {"gate": Fussy()} if begin == "detour" else {}
+    goals, several = pictures(3, 0), VectorAgent(lambda shared: make(shared, **parts), world, 3)
+    alone = [make(world, **parts) for _ in range(3)]
     several.reset(goals)
     for i, agent in enumerate(alone):
         agent.reset(row(goals, i), seed=i)
@@ -67,6 +79,7 @@ def test_each_decides_as_it_would_alone(world, begin):
         for i, agent in enumerate(alone):
             np.testing.assert_allclose(actions[i], agent.act(row(obs, i)), atol=1e-4)
             assert several.agents[i].last.energy == pytest.approx(agent.last.energy, rel=1e-4)
+            assert several.agents[i].last.answer == agent.last.answer
 
 
 def test_the_model_is_asked_once_for_all(world):

@@ -82,7 +82,7 @@ class WorldModel(Protocol):
     """Imagines the features that follow from actions.
 
     One may have `suggest(now, goals, horizon)`: of features, and those of the goals still ahead, the next one first, each [..., P, D]
-    and [..., S], a Suggestion with the same leading axes, or None; and `read(patches)`, the
+    and [..., S], a Suggestion with the same leading axes, or None; `detour`, the same of a safer way; and `read(patches)`, the
     proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
     """
 

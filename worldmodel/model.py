@@ -35,13 +35,14 @@ class LatentModel(nn.Module):
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `hazard` tells how likely an imagined
-    step is to go wrong. `policy`, or else `guide`, suggests where a search begins. `about` says how the weights were made;
+    step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do where
+    such a plan was refused. `about` says how the weights were made;
     `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to.
     """
 
     def __init__(
         self, encoder: Encoder, predictor: Predictor | ACPredictor, reader: AttentiveProbe | None = None, about: dict | None = None,
-        hazard: Hazard | None = None, guide: Guide | None = None, policy: Policy | None = None,
+        hazard: Hazard | None = None, guide: Guide | None = None, policy: Policy | None = None, careful: Policy | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if predictor.config.feature_dim != encoder.config.embed_dim or predictor.config.grid != encoder.config.grid:
@@ -50,7 +51,7 @@ class LatentModel(nn.Module):
                 f"gives {encoder.config.grid} x {encoder.config.embed_dim}; train a predictor for this encoder"
             )
         self.encoder, self.predictor, self.reader = encoder, predictor, reader
-        self.hazard, self.guide, self.policy = hazard, guide, policy
+        self.hazard, self.guide, self.policy, self.careful = hazard, guide, policy, careful
         self.about = about or {}
         self._copy: Twin | None = None
         self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
@@ -148,18 +149,23 @@ class LatentModel(nn.Module):
         if now.proprio is None:
             return None
         if self.policy is not None:
-            return self._follow(now, goals[-1].patches, horizon)
+            return self._follow(self.policy, now, goals[-1].patches, horizon)
         if self.guide is None or goals[0].proprio is None:
             return None
         return Suggestion(self.guide(now.proprio, goals[0].proprio, horizon), goals[0])
 
-    def _follow(self, now: Features, goal: Tensor, horizon: int) -> Suggestion:
-        """What `policy` does step by step on the way to a goal [..., P, D], in a future that is imagined at the prior's mean."""
+    @torch.no_grad()
+    def detour(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        """What `careful` would do on its way to the last of the goals ahead, as `suggest` says it; None without."""
+        return None if self.careful is None or now.proprio is None else self._follow(self.careful, now, goals[-1].patches, horizon)
+
+    def _follow(self, policy: Policy, now: Features, goal: Tensor, horizon: int) -> Suggestion:
+        """What a policy does step by step on the way to a goal [..., P, D], in a future that is imagined at the prior's mean."""
         axes, actions = goal.shape[:-2], []
         goal = goal.reshape(-1, *goal.shape[-2:])  # [B, P, D]
         now = Features(now.patches.reshape(goal.shape), now.proprio.reshape(len(goal), -1))
         for _ in range(horizon):
-            actions.append(self.policy.choose(now, goal))
+            actions.append(policy.choose(now, goal))
             context = Context(Features(*(x[:, None] for x in now)), actions[-1].new_zeros(len(goal), 0, self.action_dim))
             imagined = self.rollout(context, actions[-1][:, None, None], self.sample_z((len(goal), 1, 1, 1), None))
             now = Features(*(x[:, 0, 0, 0].float() for x in imagined))
@@ -213,7 +219,7 @@ class LatentModel(nn.Module):
         """Write encoder and predictor as one safetensors file, with their configs and `about`."""
         config = {"encoder": asdict(self.encoder.config), "predictor": asdict(self.predictor.config), "reader": self.reader is not None}
         config["hazard"], config["guide"] = None if self.hazard is None else len(self.hazard.look.mean), self.guide is not None
-        config["policy"] = None if self.policy is None else self.policy.width
+        config |= {name: None if own is None else own.width for name, own in (("policy", self.policy), ("careful", self.careful))}
         save_tensors(path, "model", self.state_dict(), config, self.about)
 
 
@@ -247,8 +253,8 @@ def load(path: str | Path | None = None) -> LatentModel:
     own = predictor.config
     hazard = Hazard(AttentiveProbe(*sizes[:2], config["hazard"]), own.proprio_dim, own.action_dim) if config.get("hazard") else None
     guide = Guide(own.proprio_dim, own.action_dim) if config.get("guide") else None
-    policy = Policy(*sizes, own.action_dim, config["policy"]) if config.get("policy") else None
-    model = LatentModel(encoder, predictor, reader, about, hazard, guide, policy)
+    policies = (Policy(*sizes, own.action_dim, config[name]) if config.get(name) else None for name in ("policy", "careful"))
+    model = LatentModel(encoder, predictor, reader, about, hazard, guide, *policies)
     kept = {value.dtype for value in tensors.values()}
     if len(kept) == 1:  # a large model in half precision stays so
         model.to(kept.pop())
@@ -262,7 +268,7 @@ def _predictor(config: dict) -> Predictor | ACPredictor:
 
 
 def holds(path: str | Path, part: str) -> bool:
-    """Whether a file holds a model with that part: hazard, reader, guide, policy."""
+    """Whether a file holds a model with that part: hazard, reader, guide, policy, careful."""
     _, config, _ = read_header(path, *MAKERS)
     return bool(config.get(part))
 

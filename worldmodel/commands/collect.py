@@ -48,9 +48,9 @@ class Config:
     """what the experts try to do"""
     object: Literal["box", "cup", "can", "both"] = "box"
     """what they do it with; both: by turns"""
-    policy: Literal["expert", "varied", "noisy", "failing", "hasty", "play", "mixture", "random", "nothing"] = "mixture"
+    policy: Literal["expert", "varied", "noisy", "failing", "hasty", "careful", "play", "mixture", "random", "nothing"] = "mixture"
     """who acts; mixture: of varied, noisy, failing and play, drawn anew for every episode; hasty: takes the shortest way, aslant
-    onto the object"""
+    onto the object; careful: high and slow where something could be hurt, in pick-place and pick-place-fragile"""
     episodes: int = 100
     """number of episodes"""
     seed: int = 0
@@ -84,6 +84,8 @@ class Config:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.randomization == "moved-post":
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
+        if self.policy == "careful" and not self.task.startswith("pick-place"):
+            raise ValueError(f"the careful expert picks and places; got --task {self.task}, expected pick-place or pick-place-fragile")
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", self.env.players[0])
         if self.env.id and self.policy not in self.env.players:

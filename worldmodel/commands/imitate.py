@@ -21,6 +21,8 @@ class Config:
     """folder of the run; new or empty, unless --resume"""
     model: Path | None = None
     """model.safetensors that gets the policy (None: the shipped model)"""
+    careful: bool = False
+    """it is the policy that is asked where a gate has refused a plan; the one that the search begins with stays as it is"""
     cache: Path | None = None
     """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
     minutes: float | None = None
@@ -75,11 +77,13 @@ def run(config: Config) -> dict:
     made = fit_policy(recipe, world, data, config.out, cache, config.minutes, config.resume, device)
     if made is None:
         return {"finished": False, "run": str(config.out)}
-    world.policy, world.about["policy"] = made
-    world.policy.to(next(world.predictor.parameters()).dtype)  # a model in half precision stays so
+    policy, about = made
+    policy.to(next(world.predictor.parameters()).dtype)  # a model in half precision stays so
+    part = "careful" if config.careful else "policy"
+    setattr(world, part, policy)
+    world.about[part] = about
     path = config.out / "model.safetensors"
     world.save(path)
-    about = world.about["policy"]
     return {"finished": True, "model": str(path), "minutes": about["minutes"], "held_out": about["held_out"]}
 
 

@@ -53,6 +53,10 @@ class SimulatorModel:
         """As `model` does, if there is one that does."""
         return self.model.suggest(now, goals, horizon) if hasattr(self.model, "suggest") else None
 
+    def detour(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
+        """As `model` does, if there is one that does."""
+        return self.model.detour(now, goals, horizon) if hasattr(self.model, "detour") else None
+
     def read(self, patches: Tensor) -> Tensor | None:
         """As `model` does, if there is one that does."""
         return self.model.read(patches) if hasattr(self.model, "read") else None
