@@ -298,8 +298,8 @@ def train(
     about = {"recipe": recipe, "minutes": round(run.seconds / 60, 1), "held_out": scores}
     model = LatentModel(encoder, predictor, reader, about, hazard=hazard, guide=fit_guide(first))
     if start:
-        model.policy = start.policy  # which knows the encoder's features and proprioception alone
-        model.about |= {"policy": start.about["policy"]} if "policy" in start.about else {}
+        model.policy, model.careful = start.policy, start.careful  # which know the encoder's features and proprioception alone
+        model.about |= {name: start.about[name] for name in ("policy", "careful") if name in start.about}
     model.save(out / "model.safetensors")
     return out / "model.safetensors"
 

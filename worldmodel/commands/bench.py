@@ -55,9 +55,10 @@ class Config:
     """what to do it with"""
     goal: Literal["final", "subgoals"] = "final"
     """what a planning policy is shown: a picture of the goal alone, or of all sub-goals on the way to it"""
-    begin: Literal["policy", "guide", "nothing"] | None = None
-    """where the search for a plan begins; policy: with what the model's policy would do; guide: on the straight way; nothing: with what
-    is left of the last plan (default: the first of these that the model has; reach: guide)"""
+    begin: Literal["policy", "guide", "careful", "nothing"] | None = None
+    """where the search for a plan begins; policy: with what the model's policy would do; guide: on the straight way; careful: with what
+    its careful policy would do, which takes a step or two longer and hurts less; nothing: with what is left of the last plan
+    (default: the first of these that the model has; reach: guide)"""
     policy: Literal["planner", "simulator", "imitation", "expert", "random", "nothing"] = "planner"
     """who acts; planner: with the world model; simulator: the same with the true dynamics; imitation: the
     policy that `worldmodel imitate` trained, alone; expert: scripted"""
@@ -313,7 +314,7 @@ def resolved(config: Config) -> Config:
     unknown = config.env.id and config.env.ready is None
     path = config.model or model.shipped()
     begin = _begin(config, path) if config.policy in BUDGETS else None
-    guided = begin in ("policy", "guide") and not unknown
+    guided = begin in ("policy", "careful", "guide") and not unknown
     budget = dict(zip(names, (GUIDED if guided else BUDGETS).get(config.policy, BUDGETS["planner"])))
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     filled = {"begin": begin, **budget, **given}
@@ -331,7 +332,7 @@ def resolved(config: Config) -> Config:
     if config.risk_weight is None:
         filled["risk_weight"] = 0.2 if cautious else 0.0
     if config.energy is None:
-        filled["energy"] = "last" if begin == "policy" else "sum"
+        filled["energy"] = "last" if begin in ("policy", "careful") else "sum"
     if config.proprio_weight is None:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
@@ -345,9 +346,9 @@ def _begin(config: Config, path: Path) -> str:
     """Where the search for a plan begins. Raises ValueError where the config asks for what the model of a file has not."""
     from worldmodel import model
 
-    able = [part for part in ("policy", "guide") if model.holds(path, part)] + ["nothing"]
+    able = [part for part in ("policy", "guide", "careful") if model.holds(path, part)] + ["nothing"]
     if config.begin and config.begin not in able:
-        raise ValueError(f"--begin {config.begin}: {path} has none; expected one of {', '.join(able)} (`worldmodel imitate` makes a policy)")
+        raise ValueError(f"--begin {config.begin}: {path} has none; expected one of {', '.join(able)} (`worldmodel imitate` makes policies)")
     reaches = config.task == "reach" and not config.env.id
     return config.begin or ("guide" if reaches and "guide" in able else able[0])
 

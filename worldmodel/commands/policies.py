@@ -275,8 +275,8 @@ def load(path: Path, policy: str, begin: str | None = None) -> nn.Module:
     if policy == "simulator" and read_header(path, *MAKERS)[0] == "encoder":
         return load_encoder(path)
     world = model.load(path)
-    if begin in ("guide", "nothing"):
-        world.policy = None
+    if begin in ("guide", "careful", "nothing"):
+        world.policy = world.careful if begin == "careful" else None
     if begin == "nothing":
         world.guide = None
     return world
