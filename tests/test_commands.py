@@ -212,7 +212,7 @@ BAD_FLAGS = {
     "--task fly": "'reach', 'grasp', 'reach-with-object', 'pick-place'",
     "--object spoon": "'box', 'cup', 'can', 'both'",
     "--policy expret": "'expert'",
-    "--preset nothing": "known are base, cube, debug",
+    "--preset nothing": "known are base, careful, careful-mild, cube, debug",
     "--epsiodes 3": "--episodes",
     "--episodes 0": "episodes is 0, expected at least 1",
     "--episodes -3": "episodes is -3, expected at least 1",
