@@ -72,11 +72,12 @@ class Decision:
 class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
-    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Where the gate refuses a plan
-    it makes a more cautious one, then a smaller step, then asks about `config.retreat`, then answers with `fallback` [A] (zeros
-    without), and after some of those in a row hands over, which `last.answer` says. With `hazard` and `config.risk_weight` it
-    avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one, and after a refusal
-    `planner.careful`.
+    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Once a plan comes so near the
+    gate's limit as `config.worry` says, it goes by `model.detour`, if there is one, to the episode's end, without a search. Where
+    that leads nowhere a refused plan is followed by a more cautious one. Then come a smaller step, `config.retreat`, and
+    `fallback` [A] (zeros without), and after some of those in a row it hands over, which `last.answer` says. With `hazard` and
+    `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one, and
+    where it is cautious `planner.careful`.
     If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices` where it does not
     choose those, and looks for its waypoint; what a plan promises is told by the goal itself.
     """
@@ -279,9 +280,10 @@ class Agent:
         if not self._wary and decision.verdict.score > config.worry * decision.verdict.limit:
             detour = self._detour(context, horizon)
             self._wary = detour is not None
-            safer = self._judged(as_told(detour.actions[None]), context, observed, "detour") if detour is not None else decision
-            if not decision.verdict.go or safer.verdict.score < decision.verdict.score:
-                decision, plan = safer, safer.plan
+            if detour is not None:
+                safer = self._judged(as_told(detour.actions[None]), context, observed, "detour")
+                if not decision.verdict.go or safer.verdict.score < decision.verdict.score:
+                    decision, plan = safer, safer.plan
         if not decision.verdict.go and detour is None and self.hazard is not None:
             careful = getattr(self.planner, "careful", self.planner)
             cautious = careful.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
