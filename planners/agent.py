@@ -66,7 +66,7 @@ class Decision:
     seconds: float  # that this step's decision took
     later: Sequence[np.ndarray] = ()  # what its plan has left after the action, each float32 [A]
     asked: tuple[np.ndarray, Verdict] | None = None  # the first plan's action [A], and what the gate said of it; None: none made
-    answer: str = "plan"  # to the gate: plan, or where that was refused a detour, a cautious plan, a smaller step, retreat, hold, hand over
+    answer: str = "plan"  # to the gate: plan; detour, where that came near a limit; or a cautious plan, smaller step, retreat, hold, hand over
 
 
 class Agent:

@@ -35,8 +35,8 @@ class LatentModel(nn.Module):
 
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `hazard` tells how likely an imagined
-    step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do where
-    such a plan was refused. `about` says how the weights were made;
+    step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do
+    once a gate has worried (`detour`). `about` says how the weights were made;
     `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to.
     """
 

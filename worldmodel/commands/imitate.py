@@ -22,7 +22,7 @@ class Config:
     model: Path | None = None
     """model.safetensors that gets the policy (None: the shipped model)"""
     careful: bool = False
-    """it is the policy that is asked where a gate has refused a plan; the one that the search begins with stays as it is"""
+    """it is the policy that an agent goes by once a plan came near its gate's limit; the one that the search begins with stays as it is"""
     cache: Path | None = None
     """folder for features, shared with `worldmodel train` (None: features/ in the first data folder)"""
     minutes: float | None = None
