@@ -191,8 +191,7 @@ class Careful:
     def __call__(self, info: Info) -> np.ndarray:
         """Return the action [action_dim] for the state that `info` tells of."""
         motion, opening = self._wanted(info)
-        motion = motion / MOVE
-        motion = motion / max(1.0, *map(abs, motion.tolist()))
+        motion = _bounded(motion / MOVE)
         if self._noise:
             motion = motion + self._rng.normal(0.0, self._noise, 3) * max(0.1, *map(abs, motion.tolist()))
         if self._jolts and not self._left and self._rng.random() < self._jolts:
@@ -200,8 +199,8 @@ class Careful:
         if self._left:
             self._left, motion = self._left - 1, self._jolt
         elif self._astray:
-            self._astray, motion = self._astray - 1, (info["privileged/object_pos"] + self._beside - info["privileged/tcp_pos"]) / MOVE
-            motion = motion / max(1.0, *map(abs, motion.tolist()))
+            self._astray -= 1
+            motion = _bounded((info["privileged/object_pos"] + self._beside - info["privileged/tcp_pos"]) / MOVE)
         return compose(motion, opening, info, self._dim)
 
     def _wanted(self, info: Info) -> tuple[np.ndarray, float]:
@@ -240,6 +239,11 @@ class Careful:
     def _height(self, beyond: float, least: float, high: float) -> float:
         """m over a place, so far beyond where it may be at the least height."""
         return min(least + self.SLOPE * max(0.0, beyond), high)
+
+
+def _bounded(motion: np.ndarray) -> np.ndarray:
+    """The motion [3] in units of an action, shortened so that none of it is beyond 1."""
+    return motion / max(1.0, *map(abs, motion.tolist()))
 
 
 def compose(motion: np.ndarray, opening: float, info: Info, dim: int) -> np.ndarray:

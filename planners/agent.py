@@ -77,7 +77,7 @@ class Agent:
     that leads nowhere a refused plan is followed by a more cautious one. Then come a smaller step, `config.retreat`, and
     `fallback` [A] (zeros without), and after some of those in a row it hands over, which `last.answer` says. With `hazard` and
     `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one, and
-    where it is cautious `planner.careful`.
+    where it is cautious `planner.cautious`.
     If there is `model.suggest`, a search begins with the actions that it suggests, but for `planner.choices` where it does not
     choose those, and looks for its waypoint; what a plan promises is told by the goal itself.
     """
@@ -285,8 +285,8 @@ class Agent:
                 if not decision.verdict.go or safer.verdict.score < decision.verdict.score:
                     decision, plan = safer, safer.plan
         if not decision.verdict.go and detour is None and self.hazard is not None:
-            careful = getattr(self.planner, "careful", self.planner)
-            cautious = careful.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
+            planner = getattr(self.planner, "cautious", self.planner)
+            cautious = planner.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
 
         gripper = list(getattr(self.planner, "choices", ()))

@@ -36,7 +36,7 @@ class Plan:
 class Planner(Protocol):
     """Searches actions of low cost.
 
-    One may have `eager` and `careful`, Planners that the agent asks instead where there is no progress, and where a plan was
+    One may have `eager` and `cautious`, Planners that the agent asks instead where there is no progress, and where a plan was
     refused; and `choices`, action dimensions that a suggestion leaves alone unless it chooses them.
     """
 

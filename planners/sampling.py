@@ -109,7 +109,7 @@ class SamplingPlanner:
         return replace(self, config=replace(self.config, margin=min(self.config.margin, self.config.eager_margin)))
 
     @property
-    def careful(self) -> SamplingPlanner:
+    def cautious(self) -> SamplingPlanner:
         """The same, but one that searches at least as long as by default; no further off, where what a gate goes by is known less."""
         config, least = self.config, SamplingConfig()
         more = {name: max(getattr(config, name), getattr(least, name)) for name in ("samples", "iterations", "elites")}

@@ -356,11 +356,11 @@ def test_a_refused_plan_is_answered_with_a_safer_one():
     assert go(agent_of(config=back, gate=Limited(0.05)), Plane(), 1, FAR)[0].answer == "hold"
 
 
-def test_where_a_plan_is_refused_a_careful_planner_is_asked_once():
+def test_where_a_plan_is_refused_a_cautious_planner_is_asked_once():
     class Two:
         """A planner with another for refusals."""
 
-        careful = SamplingPlanner(SamplingConfig(gripper="gaussian", samples=8, elites=2, iterations=1))
+        cautious = SamplingPlanner(SamplingConfig(gripper="gaussian", samples=8, elites=2, iterations=1))
 
         def plan(self, cost, warm_start, generator):
             actions = torch.full_like(warm_start, -0.9)

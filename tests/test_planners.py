@@ -244,9 +244,9 @@ def test_a_plan_that_costs_nan_never_runs_where_another_does_not():
     assert torch.isfinite(plan.cost).all() and torch.isfinite(cost(plan.actions[:, None])).all()
 
 
-def test_a_careful_planner_searches_longer_and_no_further_off():
-    config = SamplingPlanner(SamplingConfig(samples=10, iterations=1, elites=2, std=0.3, fine=0.1)).careful.config
+def test_a_cautious_planner_searches_longer_and_no_further_off():
+    config = SamplingPlanner(SamplingConfig(samples=10, iterations=1, elites=2, std=0.3, fine=0.1)).cautious.config
     least = SamplingConfig()
     assert (config.samples, config.iterations, config.elites) == (least.samples, least.iterations, least.elites)
     assert (config.std, config.fine) == (0.3, 0.1)
-    assert SamplingPlanner(SamplingConfig(samples=90)).careful.config.samples == 90
+    assert SamplingPlanner(SamplingConfig(samples=90)).cautious.config.samples == 90
