@@ -61,7 +61,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign
         have = tuple(tensors[name].shape) if name in tensors else "nothing"
         want = tuple(wanted[name].shape) if name in wanted else "nothing"
         if have != want:
-            raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}; train it anew, or take a newer file")
+            raise ValueError(f"{path} is of another architecture: {name} is {have}, expected {want}; train it anew, or take a file that this version wrote")
     module.load_state_dict(tensors, assign=assign)
 
 
