@@ -8,10 +8,11 @@ import torch
 
 from worldmodel.checkpoint import save_tensors
 from worldmodel.encoder import EncoderConfig, VideoEncoder
+from worldmodel.imaginer import Imaginer
 from worldmodel.interface import Context, Features
 from worldmodel.latent import Codes, Gaussian, divergence, information_loss
 from worldmodel.model import LatentModel, load
-from worldmodel.predictor import Predictor, PredictorConfig, merged, pack, unmerged
+from worldmodel.predictor import Predictor, PredictorConfig, expand, merged, pack, repeated, unmerged
 from worldmodel.probe import AttentiveProbe
 from worldmodel.train import TrainConfig, prediction_losses, price_of
 
@@ -76,6 +77,26 @@ def test_a_packed_predictor_is_the_same_one():
     inputs = now, torch.rand(2, 3, 4, generator=g), torch.randn(2, 3, 3, generator=g)
     for a, b in zip(plain(*inputs)[0], packed(*inputs)[0]):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("past", [0, 1, 2])
+def test_an_imaginer_imagines_what_its_predictor_does(past, codes):
+    plain = noisy(Predictor(replace(SIZES, codes=codes))).eval()
+    g = torch.Generator().manual_seed(3)
+    seen = Features(torch.randn(2, past + 1, 16, 48, generator=g), torch.randn(2, past + 1, 7, generator=g))
+    actions, noise = torch.rand(2, 3, 5, 4, generator=g), torch.randn(2, 3, 5, 3, generator=g)
+    before = Features(*(x[:, :past] for x in seen)), torch.rand(2, past, 4, generator=g), torch.randn(2, past, 3, generator=g)
+    now, cache = Features(*(x[:, past] for x in seen)), plain(*before)[1] if past else None
+    imaginer = Imaginer(plain, torch.float32)
+    fast = imaginer.rollout(now, imaginer.predictor(*before)[1] if past else None, past, actions, noise)
+    now, cache = Features(*(repeated(x[:, None], 3) for x in now)), expand(cache, 3) if cache else None
+    for h in range(5):  # longer than the window
+        action, drawn = actions.flatten(0, 1)[:, h : h + 1], noise.flatten(0, 1)[:, h : h + 1]
+        now, cache = plain(now, action, plain.prior_of(now, action).sample(drawn), cache, past + h)
+        for a, b in zip(fast, now):
+            torch.testing.assert_close(a[:, :, h].flatten(0, 1), b[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_has_imagined_can_be_copied(model):

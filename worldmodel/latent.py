@@ -108,8 +108,11 @@ class LatentHead(nn.Module):
 
     def forward(self, frames: tuple[Tensor, ...], condition: Tensor) -> Latent:
         """frames: each [..., P, D]; condition [..., C] -> a distribution over [..., Z]."""
-        squeezed = [self.squeeze(f).flatten(-2) for f in frames]
-        hidden = F.gelu(self.hidden(torch.cat((*squeezed, condition), -1)))
+        return self.told(torch.cat([self.squeeze(f).flatten(-2) for f in frames], -1), condition)
+
+    def told(self, squeezed: Tensor, condition: Tensor) -> Latent:
+        """The same from what `squeeze` keeps of all patches, [..., 8 * P * frames]."""
+        hidden = F.gelu(self.hidden(torch.cat((squeezed, condition), -1)))
         out = self.out(hidden).float()
         if self.codes:
             return Codes(LOGIT * torch.tanh(out / LOGIT))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +17,11 @@ from worldmodel.checkpoint import MAKERS, fill, load_tensors, read_header, save_
 from worldmodel.encoder import autocast, fast_in_bfloat16, keep_memory
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
+from worldmodel.imaginer import Imaginer
 from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, to_tensor
 from worldmodel.peers import build
 from worldmodel.policy import Policy
-from worldmodel.predictor import Predictor, PredictorConfig, expand, pack, repeated
+from worldmodel.predictor import Predictor, PredictorConfig, expand, repeated
 from worldmodel.probe import AttentiveProbe
 from worldmodel.vjepa2_ac import NAME as AC
 from worldmodel.vjepa2_ac import ACConfig, ACPredictor
@@ -118,26 +118,30 @@ class LatentModel(nn.Module):
         """
         self._check(context, actions, z)
         (b, n, horizon), k = actions.shape[:3], z.shape[2]
-        predictor = self._imaginer()
-        with autocast(actions.device) if predictor is self.predictor else contextlib.nullcontext():
-            known = next((past for one, past in self._remembered if one is context), None)
-            if known is None:  # a planner asks of one context many times
-                known = self._remember(context)
-                self._remembered.append((context, known))
-            cache, start = known
-            now = Features(context.features.patches[:, -1:], context.features.proprio[:, -1:])
-            now = Features(*(repeated(x, n * k) for x in now))  # [B * N * K, 1, ...]
-            cache = expand(cache, n * k) if cache else None
-            moves = actions[:, :, None].expand(-1, -1, k, -1, -1).reshape(b * n * k, horizon, -1)
-            noise = z.reshape(b * n * k, horizon, -1)
-            frames = []
+        known = next((past for one, past in self._remembered if one is context), None)
+        if known is None:  # a planner asks of one context many times
+            known = self._remember(context)
+            self._remembered.append((context, known))
+        now = Features(context.features.patches[:, -1], context.features.proprio[:, -1])
+        moves = actions[:, :, None].expand(-1, -1, k, -1, -1).flatten(1, 2)  # [B, N * K, H, A]
+        imagined = self._imagine(now, *known, moves, z.flatten(1, 2))
+        return Features(*(x.unflatten(1, (n, k)) for x in imagined))
+
+    def _imagine(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
+        """What follows frame `start`, `now`, of B problems under M courses of H actions each: [B, M, H, P, D] and [B, M, H, S]."""
+        imaginer = self._imaginer()
+        if imaginer is not None:
+            return imaginer.rollout(now, cache, start, actions, noise)
+        (b, m, horizon), frames = actions.shape[:3], []
+        now = Features(*(repeated(x[:, None], m) for x in now))  # [B * M, 1, ...]
+        actions, noise, cache = actions.flatten(0, 1), noise.flatten(0, 1), expand(cache, m) if cache else None
+        with autocast(actions.device):
             for h in range(horizon):
-                action = moves[:, h : h + 1]
-                value = predictor.prior_of(now, action).sample(noise[:, h : h + 1])
-                now, cache = predictor(now, action, value, cache, start + h)
+                action = actions[:, h : h + 1]
+                value = self.predictor.prior_of(now, action).sample(noise[:, h : h + 1])
+                now, cache = self.predictor(now, action, value, cache, start + h)
                 frames.append(now)
-        patches = torch.cat([f.patches for f in frames], 1).unflatten(0, (b, n, k))
-        return Features(patches, torch.cat([f.proprio for f in frames], 1).unflatten(0, (b, n, k)))
+        return Features(*(torch.cat(x, 1).unflatten(0, (b, m)) for x in zip(*frames)))
 
     @torch.no_grad()
     def suggest(self, now: Features, goals: Sequence[Features], horizon: int) -> Suggestion | None:
@@ -181,24 +185,23 @@ class LatentModel(nn.Module):
             return None, 0
         past = Features(patches[:, first:-1], proprio[:, first:-1])
         actions = context.actions[:, first:]
-        predictor = self._imaginer()
-        z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
-        _, cache = predictor(past, actions, z)
+        imaginer = self._imaginer()
+        predictor = self.predictor if imaginer is None else imaginer.predictor
+        with autocast(patches.device) if imaginer is None else contextlib.nullcontext():
+            z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
+            _, cache = predictor(past, actions, z)
         return cache, patches.shape[1] - 1 - first
 
-    def _imaginer(self) -> Predictor | ACPredictor:
-        """The predictor, or a copy of it in bfloat16 where products gain by that: to cast its weights takes as long as they do."""
-        if not isinstance(self.predictor, Predictor) or not fast_in_bfloat16(self.device):
-            return self.predictor
+    def _imaginer(self) -> Imaginer | None:
+        """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long."""
+        if not isinstance(self.predictor, Predictor):
+            return None
         known = self._copy
         if known is None or known.original is not self.predictor or known.version != _version(self.device, known.parameters):
-            twin = copy.deepcopy(self.predictor).to(torch.bfloat16)
-            twin.proprio_mean, twin.proprio_std = self.predictor.proprio_mean, self.predictor.proprio_std  # millimetres count
-            if self.device.type == "cpu":
-                pack(twin)
             own = list(self.predictor.parameters())
-            self._copy = known = Twin(self.predictor, own, _version(self.device, own), twin)
-        return known.copy
+            dtype = torch.bfloat16 if fast_in_bfloat16(self.device) else self.predictor.dtype
+            self._copy = known = Twin(self.predictor, own, _version(self.device, own), Imaginer(self.predictor, dtype))
+        return known.imaginer
 
     def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
         config, features = self.predictor.config, context.features
@@ -229,7 +232,7 @@ class Twin(NamedTuple):
     original: Predictor
     parameters: list[nn.Parameter]  # of the original; to list them takes as long as to use some
     version: tuple
-    copy: Predictor
+    imaginer: Imaginer
 
 
 def _version(device: torch.device, parameters: list[nn.Parameter]) -> tuple:

@@ -243,14 +243,19 @@ class Packed(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], "none")
 
 
+def packed(linear: nn.Linear, gelu: bool = False) -> nn.Module:
+    """The map, with GELU after it if asked for, packed where it is a processor's and this torch has the operators."""
+    if linear.weight.device.type == "cpu" and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return Packed(linear, gelu)
+    return nn.Sequential(linear, nn.GELU()) if gelu else linear
+
+
 def pack(module: nn.Module) -> None:
-    """Exchange all linear maps in a module for packed ones, where this torch has the operators."""
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
-        return
+    """Exchange all linear maps in a module for packed ones."""
     for name, child in list(module.named_children()):
         if isinstance(child, Mlp):
-            child.fc1, child.act = Packed(child.fc1, gelu=True), nn.Identity()
-        if isinstance(child, nn.Linear):
-            setattr(module, name, Packed(child))
+            child.fc1, child.fc2, child.act = packed(child.fc1, gelu=True), packed(child.fc2), nn.Identity()
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, packed(child))
         else:
             pack(child)

@@ -1,0 +1,113 @@
+"""The predictor's step laid out for speed: the same numbers, frame by frame, for a planner's many candidates.
+
+Imagination is the planner's time, and half of it would go into moving numbers about. Here patches stay merged to the end,
+what all candidates share is computed once, keys and values lie in a ring that attention reads as it is, and one product
+tells the modulations of all blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldmodel.encoder import Rotation
+from worldmodel.interface import Features
+from worldmodel.predictor import Cache, Predictor, merged, pack, packed, turns, unmerged
+
+
+class Imaginer:
+    """Imagines with a copy of a predictor, in a dtype of its own, without gradients."""
+
+    @torch.no_grad()
+    def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
+        config = self.config = predictor.config
+        own = self.predictor = copy.deepcopy(predictor).to(dtype)  # for what has been seen, all frames of that at once
+        own.proprio_mean, own.proprio_std = predictor.proprio_mean, predictor.proprio_std  # millimetres count
+        head = torch.arange(config.embed_dim // config.num_heads)
+        self.halves = torch.cat((head[::2], head[1::2]))  # the first entries of all pairs, then the second ones: halves turn as a whole
+        rows = torch.arange(3 * config.embed_dim).unflatten(0, (3, config.num_heads, -1))
+        rows = torch.cat((rows[:2, :, self.halves], rows[2:])).flatten()
+        self.qkv = [packed(_linear(block.attn.qkv.weight[rows], block.attn.qkv.bias[rows])) for block in own.blocks]
+        said = ((block.modulate.weight, block.modulate.bias) for block in own.blocks)
+        self.modulate = packed(_linear(*(torch.cat(parts) for parts in zip(*said))))
+        pack(own)
+
+    @torch.no_grad()
+    def rollout(self, now: Features, cache: Cache | None, start: int, actions: Tensor, noise: Tensor) -> Features:
+        """What follows frame `start` of B problems under M courses of H actions each.
+
+        now: patches [B, P, D] and proprio [B, S]; cache of the frames before, from `predictor`; actions [B, M, H, A]; noise
+        [B, M, H, Z] that the prior maps to z -> patches [B, M, H, P, D] and proprio [B, M, H, S].
+        """
+        model, config, dtype = self.predictor, self.config, self.predictor.dtype
+        (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // self.predictor.tokens if cache else 0
+        spread = lambda x: x if len(x) == b * m else x[:, None].expand(b, m, *x.shape[1:]).flatten(0, 1)  # noqa: E731
+        actions, noise = actions.flatten(0, 1), noise.flatten(0, 1)
+        squares = merged(now.patches[:, None], config.grid, config.merge)[:, 0].float()  # of all courses of a problem, at first
+        proprio, shown, felt = spread(model.normalise(now.proprio)), [], []
+        rings = self._rings(cache, m, b * m, min(past + horizon, config.window))
+        for h in range(horizon):
+            told, seen = torch.cat((actions[:, h], proprio), -1), squares.to(dtype)
+            z = model.prior.told(spread(self._squeezed(seen)), torch.cat((proprio, actions[:, h]), -1).to(dtype)).sample(noise[:, h])
+            x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], spread(model.embed(seen) + model.place)), 1)
+            turn = turns(config, start + h, 1, dtype, x.device)
+            x = model.norm(self._blocks(x, torch.cat((told, z), -1).to(dtype), turn, rings, past + h))
+            change = model.to_features(x[:, 1:].contiguous()).float().add_(spread(squares))
+            squares = F.layer_norm(change.unflatten(-1, (size, -1)), (config.feature_dim,)).flatten(-2)
+            proprio = proprio + model.to_proprio(x[:, 0].contiguous())
+            shown.append(squares)
+            felt.append(proprio)
+        patches = unmerged(torch.stack(shown, 1), config.grid, config.merge)
+        proprio = (torch.stack(felt, 1) * model.proprio_std + model.proprio_mean).float()
+        return Features(patches.unflatten(0, (b, m)), proprio.unflatten(0, (b, m)))
+
+    def _squeezed(self, squares: Tensor) -> Tensor:
+        """What the prior keeps of patches, in the order that it knows them in: [R, P * 8]."""
+        small = self.predictor.prior.squeeze(squares.unflatten(-1, (self.config.merge**2, -1)))
+        return unmerged(small.flatten(-2)[:, None], self.config.grid, self.config.merge).flatten(1)
+
+    def _rings(self, cache: Cache | None, times: int, rows: int, frames: int) -> list[Tensor]:
+        """For each block its keys and values, [2, rows, heads, frames * L, head_dim], which begin with what is cached."""
+        config, rings = self.config, []
+        for i in range(config.depth):
+            size = 2, rows, config.num_heads, frames * self.predictor.tokens, len(self.halves)
+            rings.append(self.predictor.place.new_empty(size))
+            if cache:
+                for own, known in zip(rings[i], (cache[i][0][..., self.halves], cache[i][1])):
+                    own[:, :, : known.shape[2]].unflatten(0, (-1, times)).copy_(known[:, None])
+        return rings
+
+    def _blocks(self, x: Tensor, condition: Tensor, turn: Rotation, rings: list[Tensor], frame: int) -> Tensor:
+        """All blocks over the tokens x [R, L, dim] of the frame that is the rings' `frame`th, condition [R, C]."""
+        (rows, tokens, dim), heads, window = x.shape, self.config.num_heads, self.config.window
+        cos, sin = turn[0][..., ::2], turn[1][..., 1::2]  # [1, 1, L, head_dim / 2]
+        own, seen = slice(frame % window * tokens, (frame % window + 1) * tokens), min(frame + 1, window) * tokens
+        modulations = self.modulate(F.silu(self.predictor.condition(condition)))[:, None].unflatten(-1, (-1, 6, dim))
+        modulations = modulations + self.predictor.blocks[0].rest
+        turned = x.new_empty(2, rows, heads, tokens, len(self.halves))  # queries and keys
+        low, high = turned.chunk(2, -1)
+        for block, qkv, modulation, ring in zip(self.predictor.blocks, self.qkv, modulations.unbind(2), rings):
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # [R, 1, dim]
+            y = torch.addcmul(shift1, block.norm1(x), scale1)
+            both, value = qkv(y).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
+            first, second = both.chunk(2, -1)
+            torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+            torch.mul(second, cos, out=high).addcmul_(first, sin)
+            ring[0, :, :, own], ring[1, :, :, own] = turned[1], value[0]
+            keys, values = ring[:, :, :, :seen].flatten(1, 2).unbind()
+            shares = (turned[0].flatten(0, 1) @ keys.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(x.dtype)
+            y = (shares @ values).unflatten(0, (rows, heads)).transpose(1, 2).flatten(2)
+            x = torch.addcmul(x, gate1, block.attn.proj(y))
+            y = torch.addcmul(shift2, block.norm2(x), scale2)
+            x = torch.addcmul(x, gate2, block.mlp(y))
+        return x
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear map of these."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
+    return linear
