@@ -99,6 +99,15 @@ def test_an_imaginer_imagines_what_its_predictor_does(past, codes):
             torch.testing.assert_close(a[:, :, h].flatten(0, 1), b[:, 0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_imagines(model, dtype):
+    context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
+    seen = model.rollout(context, actions, z).patches
+    model.predictor.to(dtype)
+    model.predictor.proprio_mean, model.predictor.proprio_std = model.predictor.proprio_mean.float(), model.predictor.proprio_std.float()
+    torch.testing.assert_close(model.rollout(context, actions, z).patches, seen, atol=0.3, rtol=0.1)
+
+
 def test_a_model_that_has_imagined_can_be_copied(model):
     context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
     seen = model.rollout(context, actions, z).patches

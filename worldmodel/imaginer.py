@@ -43,18 +43,18 @@ class Imaginer:
         [B, M, H, Z] that the prior maps to z -> patches [B, M, H, P, D] and proprio [B, M, H, S].
         """
         model, config, dtype = self.predictor, self.config, self.predictor.dtype
-        (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // self.predictor.tokens if cache else 0
+        (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // model.tokens if cache else 0
         spread = lambda x: x if len(x) == b * m else x[:, None].expand(b, m, *x.shape[1:]).flatten(0, 1)  # noqa: E731
         actions, noise = actions.flatten(0, 1), noise.flatten(0, 1)
         squares = merged(now.patches[:, None], config.grid, config.merge)[:, 0].float()  # of all courses of a problem, at first
         proprio, shown, felt = spread(model.normalise(now.proprio)), [], []
         rings = self._rings(cache, m, b * m, min(past + horizon, config.window))
         for h in range(horizon):
-            told, seen = torch.cat((actions[:, h], proprio), -1), squares.to(dtype)
-            z = model.prior.told(spread(self._squeezed(seen)), torch.cat((proprio, actions[:, h]), -1).to(dtype)).sample(noise[:, h])
+            action, seen = actions[:, h], squares.to(dtype)
+            prior = model.prior.told(spread(self._squeezed(seen)), torch.cat((proprio, action), -1).to(dtype))
+            condition = torch.cat((action, proprio, prior.sample(noise[:, h])), -1).to(dtype)
             x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], spread(model.embed(seen) + model.place)), 1)
-            turn = turns(config, start + h, 1, dtype, x.device)
-            x = model.norm(self._blocks(x, torch.cat((told, z), -1).to(dtype), turn, rings, past + h))
+            x = model.norm(self._blocks(x, condition, turns(config, start + h, 1, dtype, x.device), rings, past + h))
             change = model.to_features(x[:, 1:].contiguous()).float().add_(spread(squares))
             squares = F.layer_norm(change.unflatten(-1, (size, -1)), (config.feature_dim,)).flatten(-2)
             proprio = proprio + model.to_proprio(x[:, 0].contiguous())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.encoder import Attention, Mlp, Rotation, initialise, positions, rotation
+from worldmodel.encoder import Attention, Mlp, Rotation, fast_in_bfloat16, initialise, positions, rotation
 from worldmodel.interface import Features
 from worldmodel.latent import Latent, LatentHead
 
@@ -244,8 +244,10 @@ class Packed(nn.Module):
 
 
 def packed(linear: nn.Linear, gelu: bool = False) -> nn.Module:
-    """The map, with GELU after it if asked for, packed where it is a processor's and this torch has the operators."""
-    if linear.weight.device.type == "cpu" and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+    """The map, with GELU after it if asked for, packed where it is a processor's, which knows its precision, and this torch has the operators."""
+    weight, known = linear.weight, all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    fast = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_in_bfloat16(weight.device)
+    if known and fast and weight.device.type == "cpu":
         return Packed(linear, gelu)
     return nn.Sequential(linear, nn.GELU()) if gelu else linear
 

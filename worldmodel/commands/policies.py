@@ -6,6 +6,7 @@ import json
 import math
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ SCRIPTED = ("expert", "random", "nothing")
 NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite")  # what
 # a calibration does not depend on
 PERIOD = 0.2  # s, of the environment's steps
+SLOWEST_OF = 3  # decisions, by which the next one is planned to begin
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -98,11 +100,11 @@ class Player:
                 agent.reset(goals_of(info), seed)
             action = decide(obs)
             last = agent.last
-            judged, late = getattr(last, "verdict", None), getattr(decide, "late", False)
+            judged, decides = getattr(last, "verdict", None), getattr(decide, "decides", True)
             answer = getattr(last, "answer", "plan")
             spared = self._would_go_wrong(last.asked[0]) if answer != "plan" and last.asked else None
-            steps.append({"seconds": None if late else last.seconds, "subgoal": last.subgoal, "energy": last.observed, "verdict": judged,
-                          "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
+            steps.append({"seconds": last.seconds if decides else None, "late": getattr(decide, "late", False), "subgoal": last.subgoal,
+                          "energy": last.observed, "verdict": judged, "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
             return action
 
         return act
@@ -163,34 +165,39 @@ class Player:
 class Paced:
     """An agent in a world that does not wait: every `period` seconds an action begins, whether it has decided or not.
 
-    A decision starts from the picture at a step's beginning; its action begins with the next step, or where it takes longer,
-    with the first one after it. Until then the last decision's action runs, then what its plan has left, then the
-    fallback; it is planned as if it will take as many steps as the decision before it. The clock is the decisions' own, as
-    measured; the simulator's time does not count.
+    A decision starts from the picture at a step's beginning. It is planned to begin as many steps later as the slowest of the last
+    few took, and begins then, or where it takes longer, as soon as it is there; sooner it would run from where it was not planned
+    for. Until then the last decision's actions run, as many as its plan has, then the fallback. The clock is the decisions' own,
+    as measured; the simulator's time does not count.
     """
 
     def __init__(self, agent: Agent, period: float) -> None:
         self.agent, self.period = agent, period
-        self.late = False  # whether the present step began while a decision was still being made
+        self.decides = False  # whether a decision was made at the present step
+        self.late = False  # whether none began there that was to
         self._queue: list[np.ndarray] = []  # actions to run from the present step on
         self._decided: list[np.ndarray] = []  # what will be the queue
-        self._wait, self._usual = 0, 1  # steps until then; that the last decision took
+        self._due, self._wait = 0, 0  # steps until then: as planned, and as long as it takes
+        self._took: deque[int] = deque([1], maxlen=SLOWEST_OF)  # steps
         self._ran: np.ndarray | None = None
 
     def __call__(self, obs: dict) -> np.ndarray:
         """The action [A] of the step that begins with an observation."""
-        self.late = self._wait > 1
-        self._wait -= 1
-        if not self.late:
+        self._due, self._wait = self._due - 1, self._wait - 1
+        self.decides = max(self._due, self._wait) <= 0
+        self.late = self._due <= 0 < self._wait
+        if self.decides:
             self._queue = self._decided
         action = self._queue.pop(0) if self._queue else self.agent.fallback
-        if self.late:
-            self.agent.watch(obs, self._ran)
-        else:
-            ahead = [*self._queue, *[self.agent.fallback] * self._usual][: self._usual - 1]
+        if self.decides:
+            self._due = max(self._took)
+            ahead = [*self._queue, *[self.agent.fallback] * self._due][: self._due - 1]
             first = self.agent.act(obs, self._ran, [action, *ahead])
             self._decided = [first, *self.agent.last.later]
-            self._wait = self._usual = max(1, math.ceil(self.agent.last.seconds / self.period))
+            self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
+            self._took.append(self._wait)
+        else:
+            self.agent.watch(obs, self._ran)
         self._ran = action
         return action
 
@@ -365,7 +372,7 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "subgoal": [step["subgoal"] for step in steps],
         "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
         "decision_seconds": [round(step["seconds"], 5) for step in steps if step["seconds"] is not None],
-        **({"late": sum(step["seconds"] is None for step in steps)} if config.realtime else {}),
+        **({"late": sum(step["late"] for step in steps)} if config.realtime else {}),
         **_judgements(config, record, steps),
     }
 
