@@ -99,6 +99,22 @@ def test_an_imaginer_imagines_what_its_predictor_does(past, codes):
             torch.testing.assert_close(a[:, :, h].flatten(0, 1), b[:, 0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_imagines_with_the_weights_that_it_has(model):
+    context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
+    seen = model.rollout(context, actions, z).patches
+    other = {name: value + 0.1 for name, value in model.predictor.state_dict().items()}
+    model.predictor.load_state_dict(other, assign=True)
+    changed = model.rollout(context, actions, z).patches
+    assert not torch.allclose(changed, seen, atol=0.1) and torch.equal(copy.deepcopy(model).rollout(context, actions, z).patches, changed)
+    first = model._imaginer()
+    model.predictor.double()
+    assert model._imaginer() is not first
+    model.predictor.float()
+    with torch.no_grad():
+        model.predictor.place.add_(1.0)
+    assert model._imaginer() is not first and model._imaginer() is model._imaginer()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_imagines(model, dtype):
     context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)

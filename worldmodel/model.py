@@ -118,20 +118,18 @@ class LatentModel(nn.Module):
         """
         self._check(context, actions, z)
         (b, n, horizon), k = actions.shape[:3], z.shape[2]
+        imaginer = self._imaginer()
         known = next((past for one, past in self._remembered if one is context), None)
         if known is None:  # a planner asks of one context many times
-            known = self._remember(context)
+            known = self._remember(context, imaginer)
             self._remembered.append((context, known))
         now = Features(context.features.patches[:, -1], context.features.proprio[:, -1])
         moves = actions[:, :, None].expand(-1, -1, k, -1, -1).flatten(1, 2)  # [B, N * K, H, A]
-        imagined = self._imagine(now, *known, moves, z.flatten(1, 2))
-        return Features(*(x.unflatten(1, (n, k)) for x in imagined))
+        rollout = self._one_by_one if imaginer is None else imaginer.rollout
+        return Features(*(x.unflatten(1, (n, k)) for x in rollout(now, *known, moves, z.flatten(1, 2))))
 
-    def _imagine(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
-        """What follows frame `start`, `now`, of B problems under M courses of H actions each: [B, M, H, P, D] and [B, M, H, S]."""
-        imaginer = self._imaginer()
-        if imaginer is not None:
-            return imaginer.rollout(now, cache, start, actions, noise)
+    def _one_by_one(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
+        """`Imaginer.rollout` with a predictor that has none."""
         (b, m, horizon), frames = actions.shape[:3], []
         now = Features(*(repeated(x[:, None], m) for x in now))  # [B * M, 1, ...]
         actions, noise, cache = actions.flatten(0, 1), noise.flatten(0, 1), expand(cache, m) if cache else None
@@ -177,7 +175,7 @@ class LatentModel(nn.Module):
         actions, patches, proprio = (x.reshape(*axes, *x.shape[1:]) for x in found)
         return Suggestion(actions, Features(patches, proprio), True)
 
-    def _remember(self, context: Context) -> tuple[list | None, int]:
+    def _remember(self, context: Context, imaginer: Imaginer | None) -> tuple[list | None, int]:
         """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
         patches, proprio = context.features.patches, context.features.proprio
         first = max(0, patches.shape[1] - self.max_context)
@@ -185,7 +183,6 @@ class LatentModel(nn.Module):
             return None, 0
         past = Features(patches[:, first:-1], proprio[:, first:-1])
         actions = context.actions[:, first:]
-        imaginer = self._imaginer()
         predictor = self.predictor if imaginer is None else imaginer.predictor
         with autocast(patches.device) if imaginer is None else contextlib.nullcontext():
             z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
@@ -196,11 +193,12 @@ class LatentModel(nn.Module):
         """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long."""
         if not isinstance(self.predictor, Predictor):
             return None
-        known = self._copy
-        if known is None or known.original is not self.predictor or known.version != _version(self.device, known.parameters):
+        known, first = self._copy, next(self.predictor.parameters())
+        if known is None or known.parameters[0] is not first or known.version != _version(known.parameters):
             own = list(self.predictor.parameters())
-            dtype = torch.bfloat16 if fast_in_bfloat16(self.device) else self.predictor.dtype
-            self._copy = known = Twin(self.predictor, own, _version(self.device, own), Imaginer(self.predictor, dtype))
+            dtype = torch.bfloat16 if fast_in_bfloat16(first.device) else first.dtype
+            self._copy = known = Twin(own, _version(own), Imaginer(self.predictor, dtype))
+            self._remembered.clear()
         return known.imaginer
 
     def _check(self, context: Context, actions: Tensor, z: Tensor) -> None:
@@ -229,15 +227,14 @@ class LatentModel(nn.Module):
 class Twin(NamedTuple):
     """A copy of a predictor to imagine with, and of what it is one."""
 
-    original: Predictor
     parameters: list[nn.Parameter]  # of the original; to list them takes as long as to use some
     version: tuple
     imaginer: Imaginer
 
 
-def _version(device: torch.device, parameters: list[nn.Parameter]) -> tuple:
-    """Differs after parameters have been moved or changed."""
-    return device, sum(p._version for p in parameters)
+def _version(parameters: list[nn.Parameter]) -> tuple:
+    """Differs after parameters have been moved, cast or changed."""
+    return parameters[0].device, parameters[0].dtype, sum(p._version for p in parameters)
 
 
 def load(path: str | Path | None = None) -> LatentModel:
