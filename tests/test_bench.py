@@ -300,13 +300,15 @@ def test_a_world_that_does_not_wait_runs_the_last_plan_while_a_decision_is_late(
     #        none yet       first         second        late: its rest   third         not due yet: its rest, then late
     assert told == [(-1.0, False), (1.0, False), (2.0, False), (2.5, True), (3.0, False), (3.5, False), (-1.0, True), (4.0, False), (4.5, False)]
     assert agent.heard[:4] == [("act", 0, None, -1.0), ("act", 1, -1.0, 1.0), ("act", 2, 1.0, 2.0), ("watch", 3, 2.0)]
-    assert paced(9) == -1.0 and paced(10) == 5.0  # made at once, but planned to begin three steps after the one before it
+    assert paced(9) == 5.0  # made at once, but planned to begin two steps after the one before it, as far as that one's plan reaches
 
 
 def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
+    with pytest.raises(ValueError, match="leave it at 1"):
+        Config(tmp_path / "run", realtime=True, replan=2)
     config = Config(tmp_path / "run", model=model_file, realtime=True, episodes=1, max_steps=4, samples=4, iterations=1, elites=2)
     summary = bench.run(config)
-    assert 0 <= summary["late_rate"] <= 0.75 and "began while" in bench.report(summary)
+    assert 0 <= summary["late_rate"] <= 0.75 and 0 < summary["decided_rate"] <= 1 and "began while" in bench.report(summary)
     episode = json.loads((tmp_path / "run" / "results.json").read_text())["episodes"][0]
     assert episode["late"] + len(episode["decision_seconds"]) <= episode["steps"] == 4
 

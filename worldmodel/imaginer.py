@@ -1,6 +1,6 @@
 """The predictor's step laid out for speed: the same numbers, frame by frame, for a planner's many candidates.
 
-Imagination is the planner's time, and half of it would go into moving numbers about. Here patches stay merged to the end,
+Imagination is the planner's time, and much of that would go into moving numbers about. Here patches stay merged to the end,
 what all candidates share is computed once, keys and values lie in a ring that attention reads as it is, and one product
 tells the modulations of all blocks.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.encoder import Rotation
+from worldmodel.encoder import Mlp, Rotation, fast_in_bfloat16
 from worldmodel.interface import Features
-from worldmodel.predictor import Cache, Predictor, merged, pack, packed, turns, unmerged
+from worldmodel.predictor import Cache, Predictor, merged, repeated, turns, unmerged
 
 
 class Imaginer:
@@ -26,9 +26,9 @@ class Imaginer:
         config = self.config = predictor.config
         own = self.predictor = copy.deepcopy(predictor).to(dtype)  # for what has been seen, all frames of that at once
         own.proprio_mean, own.proprio_std = predictor.proprio_mean, predictor.proprio_std  # millimetres count
-        head = torch.arange(config.embed_dim // config.num_heads)
+        head = torch.arange(config.embed_dim // config.num_heads, device=predictor.place.device)
         self.halves = torch.cat((head[::2], head[1::2]))  # the first entries of all pairs, then the second ones: halves turn as a whole
-        rows = torch.arange(3 * config.embed_dim).unflatten(0, (3, config.num_heads, -1))
+        rows = torch.arange(3 * config.embed_dim, device=head.device).unflatten(0, (3, config.num_heads, -1))
         rows = torch.cat((rows[:2, :, self.halves], rows[2:])).flatten()
         self.qkv = [packed(_linear(block.attn.qkv.weight[rows], block.attn.qkv.bias[rows])) for block in own.blocks]
         said = ((block.modulate.weight, block.modulate.bias) for block in own.blocks)
@@ -39,23 +39,23 @@ class Imaginer:
     def rollout(self, now: Features, cache: Cache | None, start: int, actions: Tensor, noise: Tensor) -> Features:
         """What follows frame `start` of B problems under M courses of H actions each.
 
-        now: patches [B, P, D] and proprio [B, S]; cache of the frames before, from `predictor`; actions [B, M, H, A]; noise
+        now: patches [B, P, D] and proprio [B, S]; cache of the frames before, from its own `predictor`; actions [B, M, H, A]; noise
         [B, M, H, Z] that the prior maps to z -> patches [B, M, H, P, D] and proprio [B, M, H, S].
         """
         model, config, dtype = self.predictor, self.config, self.predictor.dtype
         (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // model.tokens if cache else 0
-        spread = lambda x: x if len(x) == b * m else x[:, None].expand(b, m, *x.shape[1:]).flatten(0, 1)  # noqa: E731
         actions, noise = actions.flatten(0, 1), noise.flatten(0, 1)
         squares = merged(now.patches[:, None], config.grid, config.merge)[:, 0].float()  # of all courses of a problem, at first
-        proprio, shown, felt = spread(model.normalise(now.proprio)), [], []
+        proprio, shown, felt = repeated(model.normalise(now.proprio), m), [], []
         rings = self._rings(cache, m, b * m, min(past + horizon, config.window))
         for h in range(horizon):
+            times = 1 if h else m  # from the first step on each course has squares of its own
             action, seen = actions[:, h], squares.to(dtype)
-            prior = model.prior.told(spread(self._squeezed(seen)), torch.cat((proprio, action), -1).to(dtype))
+            prior = model.prior.told(repeated(self._squeezed(seen), times), torch.cat((proprio, action), -1).to(dtype))
             condition = torch.cat((action, proprio, prior.sample(noise[:, h])), -1).to(dtype)
-            x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], spread(model.embed(seen) + model.place)), 1)
+            x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], repeated(model.embed(seen) + model.place, times)), 1)
             x = model.norm(self._blocks(x, condition, turns(config, start + h, 1, dtype, x.device), rings, past + h))
-            change = model.to_features(x[:, 1:].contiguous()).float().add_(spread(squares))
+            change = model.to_features(x[:, 1:].contiguous()).float().add_(repeated(squares, times))
             squares = F.layer_norm(change.unflatten(-1, (size, -1)), (config.feature_dim,)).flatten(-2)
             proprio = proprio + model.to_proprio(x[:, 0].contiguous())
             shown.append(squares)
@@ -65,12 +65,12 @@ class Imaginer:
         return Features(patches.unflatten(0, (b, m)), proprio.unflatten(0, (b, m)))
 
     def _squeezed(self, squares: Tensor) -> Tensor:
-        """What the prior keeps of patches, in the order that it knows them in: [R, P * 8]."""
+        """What the prior keeps of squares [R, P / merge^2, merge^2 * D], in the order of patches that it knows: [R, 8 * P]."""
         small = self.predictor.prior.squeeze(squares.unflatten(-1, (self.config.merge**2, -1)))
         return unmerged(small.flatten(-2)[:, None], self.config.grid, self.config.merge).flatten(1)
 
     def _rings(self, cache: Cache | None, times: int, rows: int, frames: int) -> list[Tensor]:
-        """For each block its keys and values, [2, rows, heads, frames * L, head_dim], which begin with what is cached."""
+        """For each block its keys and values, [2, rows, heads, frames * L, head_dim], which begin with what is cached, each `times` times."""
         config, rings = self.config, []
         for i in range(config.depth):
             size = 2, rows, config.num_heads, frames * self.predictor.tokens, len(self.halves)
@@ -111,3 +111,39 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight, linear.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
     return linear
+
+
+class Packed(nn.Module):
+    """A linear map whose weights lie as oneDNN reads them, with GELU after it if asked for: for a processor, without gradients.
+
+    A plain one has them brought into that order at each call. The operators are those that torch.compile uses.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias, self.after = linear.bias.detach(), "gelu" if gelu else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], "none")
+
+
+def packed(linear: nn.Linear, gelu: bool = False) -> nn.Module:
+    """The map, with GELU after it if asked for, packed where it is a processor's, which knows its precision, and this torch has the operators."""
+    weight, known = linear.weight, all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    fast = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_in_bfloat16(weight.device)
+    if known and fast and weight.device.type == "cpu":
+        return Packed(linear, gelu)
+    return nn.Sequential(linear, nn.GELU()) if gelu else linear
+
+
+def pack(module: nn.Module) -> None:
+    """Exchange all linear maps in a module for packed ones."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, Mlp):
+            child.fc1, child.fc2, child.act = packed(child.fc1, gelu=True), packed(child.fc2), nn.Identity()
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, packed(child))
+        else:
+            pack(child)

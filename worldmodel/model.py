@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -117,28 +116,27 @@ class LatentModel(nn.Module):
         without proprioception.
         """
         self._check(context, actions, z)
-        (b, n, horizon), k = actions.shape[:3], z.shape[2]
-        imaginer = self._imaginer()
-        known = next((past for one, past in self._remembered if one is context), None)
-        if known is None:  # a planner asks of one context many times
-            known = self._remember(context, imaginer)
-            self._remembered.append((context, known))
+        n, k, imaginer = actions.shape[1], z.shape[2], self._imaginer()
         now = Features(context.features.patches[:, -1], context.features.proprio[:, -1])
         moves = actions[:, :, None].expand(-1, -1, k, -1, -1).flatten(1, 2)  # [B, N * K, H, A]
         rollout = self._one_by_one if imaginer is None else imaginer.rollout
-        return Features(*(x.unflatten(1, (n, k)) for x in rollout(now, *known, moves, z.flatten(1, 2))))
+        with autocast(self.device) if imaginer is None else torch.autocast(self.device.type, enabled=False):  # it has its own dtype
+            known = next((past for one, past in self._remembered if one is context), None)
+            if known is None:  # a planner asks of one context many times
+                known = self._remember(context, self.predictor if imaginer is None else imaginer.predictor)
+                self._remembered.append((context, known))
+            return Features(*(x.unflatten(1, (n, k)) for x in rollout(now, *known, moves, z.flatten(1, 2))))
 
     def _one_by_one(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
         """`Imaginer.rollout` with a predictor that has none."""
         (b, m, horizon), frames = actions.shape[:3], []
         now = Features(*(repeated(x[:, None], m) for x in now))  # [B * M, 1, ...]
         actions, noise, cache = actions.flatten(0, 1), noise.flatten(0, 1), expand(cache, m) if cache else None
-        with autocast(actions.device):
-            for h in range(horizon):
-                action = actions[:, h : h + 1]
-                value = self.predictor.prior_of(now, action).sample(noise[:, h : h + 1])
-                now, cache = self.predictor(now, action, value, cache, start + h)
-                frames.append(now)
+        for h in range(horizon):
+            action = actions[:, h : h + 1]
+            value = self.predictor.prior_of(now, action).sample(noise[:, h : h + 1])
+            now, cache = self.predictor(now, action, value, cache, start + h)
+            frames.append(now)
         return Features(*(torch.cat(x, 1).unflatten(0, (b, m)) for x in zip(*frames)))
 
     @torch.no_grad()
@@ -175,7 +173,7 @@ class LatentModel(nn.Module):
         actions, patches, proprio = (x.reshape(*axes, *x.shape[1:]) for x in found)
         return Suggestion(actions, Features(patches, proprio), True)
 
-    def _remember(self, context: Context, imaginer: Imaginer | None) -> tuple[list | None, int]:
+    def _remember(self, context: Context, predictor: Predictor | ACPredictor) -> tuple[list | None, int]:
         """The cache of all context frames but the last, at the z that explains them best, and the last one's index."""
         patches, proprio = context.features.patches, context.features.proprio
         first = max(0, patches.shape[1] - self.max_context)
@@ -183,14 +181,15 @@ class LatentModel(nn.Module):
             return None, 0
         past = Features(patches[:, first:-1], proprio[:, first:-1])
         actions = context.actions[:, first:]
-        predictor = self.predictor if imaginer is None else imaginer.predictor
-        with autocast(patches.device) if imaginer is None else contextlib.nullcontext():
-            z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
-            _, cache = predictor(past, actions, z)
+        z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
+        _, cache = predictor(past, actions, z)
         return cache, patches.shape[1] - 1 - first
 
     def _imaginer(self) -> Imaginer | None:
-        """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long."""
+        """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long.
+
+        It is made anew after all weights were exchanged, moved, cast, or any were changed in place, not where one was exchanged.
+        """
         if not isinstance(self.predictor, Predictor):
             return None
         known, first = self._copy, next(self.predictor.parameters())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldmodel.encoder import Attention, Mlp, Rotation, fast_in_bfloat16, initialise, positions, rotation
+from worldmodel.encoder import Attention, Mlp, Rotation, initialise, positions, rotation
 from worldmodel.interface import Features
 from worldmodel.latent import Latent, LatentHead
 
@@ -225,39 +225,3 @@ def expand(cache: Cache, times: int) -> Cache:
 def repeated(x: Tensor, times: int) -> Tensor:
     """Rows of x [B, ...], each `times` times in a row: [B * times, ...]; without a copy where there is but one."""
     return x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1)
-
-
-class Packed(nn.Module):
-    """A linear map whose weights lie as oneDNN reads them, with GELU after it if asked for: for a processor, without gradients.
-
-    A plain one has them brought into that order at each call. The operators are those that torch.compile uses.
-    """
-
-    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias, self.after = linear.bias.detach(), "gelu" if gelu else "none"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], "none")
-
-
-def packed(linear: nn.Linear, gelu: bool = False) -> nn.Module:
-    """The map, with GELU after it if asked for, packed where it is a processor's, which knows its precision, and this torch has the operators."""
-    weight, known = linear.weight, all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    fast = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_in_bfloat16(weight.device)
-    if known and fast and weight.device.type == "cpu":
-        return Packed(linear, gelu)
-    return nn.Sequential(linear, nn.GELU()) if gelu else linear
-
-
-def pack(module: nn.Module) -> None:
-    """Exchange all linear maps in a module for packed ones."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, Mlp):
-            child.fc1, child.fc2, child.act = packed(child.fc1, gelu=True), packed(child.fc2), nn.Identity()
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, packed(child))
-        else:
-            pack(child)

@@ -140,8 +140,8 @@ class Config:
     retry: float | None = 0.16
     """share of an episode's highest energy above which a sub-goal has failed, and the first one's turn comes again; None: never"""
     realtime: bool = False
-    """the simulator does not wait: a decision's action begins one step after its picture, or later where it takes longer than
-    a step's 0.2 s, and until then the last plan runs on"""
+    """the simulator does not wait: a decision's action begins one step after its picture, or later where decisions take longer
+    than a step's 0.2 s, and until then the last plan runs on"""
     trajectory: Path | None = None
     """a recorded robot trajectory (.npz, as `worldmodel energy` takes it) instead of episodes: every step is planned from its
     picture to the next, one step ahead, and compared with what was recorded"""
@@ -175,6 +175,8 @@ class Config:
             raise ValueError(f"stray is {self.stray}: expected 0 to 1, and --policy imitation")
         if self.gate != "off" and self.policy not in BUDGETS:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
+        if self.realtime and self.replan > 1:
+            raise ValueError(f"replan is {self.replan}: with --realtime plans are made as often as they can be; leave it at 1")
         if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
             raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
         if self.record and self.trajectory:
@@ -296,7 +298,7 @@ def report(result: dict) -> str:
         if result["object"]
         else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians)",
         "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile"
-        + ("" if result["late_rate"] is None else f"; {result['late_rate']:.1%} of the steps began while one was late"),
+        + ("" if result["late_rate"] is None else f"; one at {result['decided_rate']:.1%} of the steps; {result['late_rate']:.1%} began while one was late"),
         "out": result["out"],
     }
     return "\n".join(f"{name:10}{text}".rstrip() for name, text in rows.items() if text)
@@ -384,6 +386,7 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
         "final_distance": float(np.median([e["final_distance"] for e in episodes])),
         "decision_seconds": {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
+        "decided_rate": len(seconds) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "late_rate": sum(e["late"] for e in episodes) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "out": str(config.out),
     }

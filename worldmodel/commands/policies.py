@@ -166,8 +166,8 @@ class Paced:
     """An agent in a world that does not wait: every `period` seconds an action begins, whether it has decided or not.
 
     A decision starts from the picture at a step's beginning. It is planned to begin as many steps later as the slowest of the last
-    few took, and begins then, or where it takes longer, as soon as it is there; sooner it would run from where it was not planned
-    for. Until then the last decision's actions run, as many as its plan has, then the fallback. The clock is the decisions' own,
+    few took, but no later than the plan before it ends, and begins then, or where it takes longer, as soon as it is there; sooner it
+    would run from where it was not planned for. Until then the last decision's actions run, as many as its plan has, then the fallback. The clock is the decisions' own,
     as measured; the simulator's time does not count.
     """
 
@@ -190,9 +190,8 @@ class Paced:
             self._queue = self._decided
         action = self._queue.pop(0) if self._queue else self.agent.fallback
         if self.decides:
-            self._due = max(self._took)
-            ahead = [*self._queue, *[self.agent.fallback] * self._due][: self._due - 1]
-            first = self.agent.act(obs, self._ran, [action, *ahead])
+            self._due = min(max(self._took), 1 + len(self._queue))
+            first = self.agent.act(obs, self._ran, [action, *self._queue[: self._due - 1]])
             self._decided = [first, *self.agent.last.later]
             self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
             self._took.append(self._wait)
