@@ -162,7 +162,7 @@ class Agent:
     def watch(self, obs: Obs, ran: np.ndarray | None = None) -> None:
         """Take in an observation, and the action that `ran` before it, without a decision. Raises as `act` does."""
         self._take_in(obs, ran)
-        self._age += 1
+        self._age += 1  # a step of the plan has passed
         self._expected = None  # was of this observation, and the gate is asked about the next one
 
     def _take_in(self, obs: Obs, ran: np.ndarray | None) -> None:

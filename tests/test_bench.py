@@ -296,9 +296,13 @@ class Slow:
 def test_a_world_that_does_not_wait_runs_the_last_plan_while_a_decision_is_late():
     agent = Slow([0.1, 0.1, 0.25, 0.55, 0.1, 0.1])
     paced = Paced(agent, 0.2)
-    told = [(float(paced(t)[0]), paced.late) for t in range(9)]
+    told, decided = [], []
+    for t in range(9):
+        told.append((float(paced(t)[0]), paced.late))
+        decided.append(paced.decides)
     #        none yet       first         second        late: its rest   third         not due yet: its rest, then late
     assert told == [(-1.0, False), (1.0, False), (2.0, False), (2.5, True), (3.0, False), (3.5, False), (-1.0, True), (4.0, False), (4.5, False)]
+    assert decided == [kind == "act" for kind, *_ in agent.heard] == [True, True, True, False, True, False, False, True, False]
     assert agent.heard[:4] == [("act", 0, None, -1.0), ("act", 1, -1.0, 1.0), ("act", 2, 1.0, 2.0), ("watch", 3, 2.0)]
     assert paced(9) == 5.0  # made at once, but planned to begin two steps after the one before it, as far as that one's plan reaches
 
@@ -310,7 +314,8 @@ def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
     summary = bench.run(config)
     assert 0 <= summary["late_rate"] <= 0.75 and 0 < summary["decided_rate"] <= 1 and "began while" in bench.report(summary)
     episode = json.loads((tmp_path / "run" / "results.json").read_text())["episodes"][0]
-    assert episode["late"] + len(episode["decision_seconds"]) <= episode["steps"] == 4
+    assert episode["late"] + len(episode["decision_seconds"]) <= episode["steps"] == 4  # a step may be neither: one is under way, and not due
+    assert summary["decided_rate"] == len(episode["decision_seconds"]) / 4 and summary["late_rate"] == episode["late"] / 4
 
 
 def test_a_device_that_is_not_there_is_named(model_file, tmp_path):

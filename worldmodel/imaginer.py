@@ -130,7 +130,7 @@ class Packed(nn.Module):
 
 
 def packed(linear: nn.Linear, gelu: bool = False) -> nn.Module:
-    """The map, with GELU after it if asked for, packed where it is a processor's, which knows its precision, and this torch has the operators."""
+    """The map, with GELU after it if asked for: packed, if it is for a processor that knows its precision, and torch has the operators."""
     weight, known = linear.weight, all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     fast = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_in_bfloat16(weight.device)
     if known and fast and weight.device.type == "cpu":

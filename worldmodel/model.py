@@ -116,7 +116,9 @@ class LatentModel(nn.Module):
         without proprioception.
         """
         self._check(context, actions, z)
-        n, k, imaginer = actions.shape[1], z.shape[2], self._imaginer()
+        n, asked, imaginer = actions.shape[1], z.shape[2], self._imaginer()
+        z = z if self.latent_dim else z[:, :, :1]  # without a z all futures of a plan are one
+        k = z.shape[2]
         now = Features(context.features.patches[:, -1], context.features.proprio[:, -1])
         moves = actions[:, :, None].expand(-1, -1, k, -1, -1).flatten(1, 2)  # [B, N * K, H, A]
         rollout = self._one_by_one if imaginer is None else imaginer.rollout
@@ -125,7 +127,9 @@ class LatentModel(nn.Module):
             if known is None:  # a planner asks of one context many times
                 known = self._remember(context, self.predictor if imaginer is None else imaginer.predictor)
                 self._remembered.append((context, known))
-            return Features(*(x.unflatten(1, (n, k)) for x in rollout(now, *known, moves, z.flatten(1, 2))))
+            imagined = rollout(now, *known, moves, z.flatten(1, 2))
+        imagined = (x.unflatten(1, (n, k)) for x in imagined)
+        return Features(*(x if k == asked else x.expand(-1, -1, asked, *x.shape[3:]) for x in imagined))
 
     def _one_by_one(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
         """`Imaginer.rollout` with a predictor that has none."""

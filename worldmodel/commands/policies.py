@@ -167,8 +167,8 @@ class Paced:
 
     A decision starts from the picture at a step's beginning. It is planned to begin as many steps later as the slowest of the last
     few took, but no later than the plan before it ends, and begins then, or where it takes longer, as soon as it is there; sooner it
-    would run from where it was not planned for. Until then the last decision's actions run, as many as its plan has, then the fallback. The clock is the decisions' own,
-    as measured; the simulator's time does not count.
+    would run from where it was not planned for. Until then the last decision's actions run, as many as its plan has, then the
+    fallback. The clock is the decisions' own, as measured; the simulator's time does not count.
     """
 
     def __init__(self, agent: Agent, period: float) -> None:
