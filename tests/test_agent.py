@@ -172,6 +172,15 @@ def test_a_plan_is_run_for_the_replanning_interval():
     assert decisions[1].observed < decisions[0].observed
 
 
+def test_a_plan_goes_on_while_nobody_decides():
+    agent, world = agent_of(config=AgentConfig(horizon=4, replan=4)), Plane()
+    plan = go(agent, world, 1, picture((0.9, 0.9)))[0].plan
+    between = plan.actions[0, 1].numpy()
+    agent.watch(picture(world.position))
+    obs = world.step(between)
+    assert np.array_equal(agent.act(obs, between), plan.actions[0, 2].numpy()) and agent.last.plan is plan
+
+
 def test_the_last_plan_is_the_next_warm_start():
     starts = []
 

@@ -116,11 +116,10 @@ class LatentModel(nn.Module):
         without proprioception.
         """
         self._check(context, actions, z)
-        n, asked, imaginer = actions.shape[1], z.shape[2], self._imaginer()
+        n, k, imaginer = actions.shape[1], z.shape[2], self._imaginer()
         z = z if self.latent_dim else z[:, :, :1]  # without a z all futures of a plan are one
-        k = z.shape[2]
         now = Features(context.features.patches[:, -1], context.features.proprio[:, -1])
-        moves = actions[:, :, None].expand(-1, -1, k, -1, -1).flatten(1, 2)  # [B, N * K, H, A]
+        moves = actions[:, :, None].expand(-1, -1, z.shape[2], -1, -1).flatten(1, 2)  # [B, N * K, H, A]
         rollout = self._one_by_one if imaginer is None else imaginer.rollout
         with autocast(self.device) if imaginer is None else torch.autocast(self.device.type, enabled=False):  # it has its own dtype
             known = next((past for one, past in self._remembered if one is context), None)
@@ -128,8 +127,7 @@ class LatentModel(nn.Module):
                 known = self._remember(context, self.predictor if imaginer is None else imaginer.predictor)
                 self._remembered.append((context, known))
             imagined = rollout(now, *known, moves, z.flatten(1, 2))
-        imagined = (x.unflatten(1, (n, k)) for x in imagined)
-        return Features(*(x if k == asked else x.expand(-1, -1, asked, *x.shape[3:]) for x in imagined))
+        return Features(*(x.unflatten(1, (n, -1)).expand(-1, -1, k, *x.shape[2:]) for x in imagined))
 
     def _one_by_one(self, now: Features, cache: list | None, start: int, actions: Tensor, noise: Tensor) -> Features:
         """`Imaginer.rollout` with a predictor that has none."""
