@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,8 @@ from planners.course import Course, CourseConfig, at_least
 from planners.gate import spread
 from planners.imagine import imagine, look_ahead
 from planners.interface import Cost, Gate, OpenGate, Plan, Planner, Seen, Verdict
-from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel, held_after
+from planners.past import Past, checked
+from worldmodel.interface import Context, Energy, Features, Hazard, Obs, Suggestion, WorldModel
 
 
 IDLE = 0.15  # of an action: a detour that moves less at first leads nowhere
@@ -41,7 +41,7 @@ class AgentConfig(CourseConfig):
     readings: int = 5  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
     worry: float = 0.1  # share of a gate's limit from which on it goes by the model's detour, if there is one, to the episode's end
-    refusals: int = 10  # holds in a row after which it hands over
+    refusals: int = 10  # in a row, none of them answered by anything that may run, at the last of which it hands over
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,29 +100,26 @@ class Agent:
         if self.fallback.shape != (model.action_dim,):
             raise ValueError(f"expected a fallback action [{model.action_dim}], got {list(self.fallback.shape)}")
         self.last: Decision | None = None
-        self._energies: list[Energy] = []
+        self._past: Past | None = None
 
     def reset(self, goal: Obs | Sequence[Obs], seed: int = 0) -> None:
         """Start an episode towards a goal, or through sub-goals of which the last is the goal.
 
-        A goal is {"pixels": uint8 [h, w, 3]}, and "proprio" float32 [S] where it is known. Raises ValueError for anything else.
+        A goal is {"pixels": uint8 [h, w, 3]}, and "proprio" float32 [S] where it is known. Raises ValueError for anything else,
+        and leaves the episode that there was as it is.
         """
         goals = [goal] if hasattr(goal, "keys") else list(goal)
         if not goals:
             raise ValueError("expected a goal or a list of sub-goals, got an empty list; pass info['goal']")
-        self._shape = _checked(goals[0], "goal", None)["pixels"].shape
-        checked = [_checked(g, "goal", self._shape) for g in goals]
-        self._goals = [self.model.encode(g) for g in checked]
-        self._off: deque[Tensor] = deque(maxlen=self.config.readings)  # each [S], what the last readings were off
-        self._pursue(self._goals, ["proprio" in g for g in checked])
-        self._course = Course(self.config, len(goals))
-        self._generator = torch.Generator().manual_seed(seed)
-        keep = self.model.max_context
-        self._features: deque[Features] = deque(maxlen=keep)  # each patches [P, D]
-        self._actions: deque[Tensor] = deque(maxlen=keep)
-        self._held: Tensor | None = None
+        shape = checked(goals[0], "goal", None)["pixels"].shape
+        goals = [checked(g, "goal", shape) for g in goals]
+        wanted, course = [self.model.encode(g) for g in goals], Course(self.config, len(goals))
+        generator = torch.Generator().manual_seed(seed)
+        self._pursue(wanted, [("proprio" in g) for g in goals], None)
+        self._shape, self._course, self._generator = shape, course, generator
+        self._past = Past(self.model, self.config.readings)
         self._answer = self.fallback  # what runs until the next observation
-        self._pixels, self._expected, self._still, self._holds, self._age, self._wary = None, None, 0, 0, 0, False
+        self._expected, self._holds, self._age, self._wary = None, 0, 0, False
         self.last = None
 
     @torch.no_grad()
@@ -140,16 +137,14 @@ class Agent:
         if self.last is not None and self.last.answer == "hand over":  # until reset
             self.last = replace(self.last, asked=None, seconds=time.perf_counter() - start)
             return self.fallback.copy()
-        context = self._ahead_of(self._context(), under_way)
-        if self._off:
-            self._pursue(self._wanted, self._known)
-        observed = self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
+        context = self._past.context(under_way)
+        observed = self._observe(context)
         decision = None if self._is_new() or not self.last.verdict.go else self._kept(context, observed)
         if decision is None:
             decision = self._decide(context, observed, self._course.look())
             self._course.promise(decision.energy)
         self._holds = 0 if decision.verdict.go else self._holds + 1
-        action, *later = np.clip(decision.plan.actions[0, self._age :].numpy(force=True), -1, 1).astype(np.float32)
+        action, *later = _told(decision.plan.actions[0, self._age :])
         self.last = replace(decision, action=action, later=later, seconds=time.perf_counter() - start)
         self._answer = action.copy()
         after = decision.imagined._replace(patches=decision.imagined.patches[:, self._age], proprio=None)
@@ -162,27 +157,21 @@ class Agent:
     def watch(self, obs: Obs, ran: np.ndarray | None = None) -> None:
         """Take in an observation, and the action that `ran` before it, without a decision. Raises as `act` does."""
         self._take_in(obs, ran)
-        self._age += 1  # a step of the plan has passed
+        self._observe(self._past.context())
         self._expected = None  # was of this observation, and the gate is asked about the next one
+        self._age += 1  # a step of the plan has passed
+        self._course.step(True)
 
     def _take_in(self, obs: Obs, ran: np.ndarray | None) -> None:
-        if not self._energies:
+        if self._past is None:
             raise RuntimeError("the agent has no goal yet: call reset(info['goal']) before act(obs)")
-        checked = _checked(obs, "observation", self._shape)
+        seen = checked(obs, "observation", self._shape)
         ran = self._answer if ran is None else self._action(ran, "action that ran")
         if not np.array_equal(ran, self._answer):
             self._expected = None
-        self._notice(np.asarray(checked["pixels"]), ran)
-        if self._features:
-            self._actions.append(torch.from_numpy(ran))
-            before = self._features[-1].proprio
-            if before is not None:
-                self._held = held_after(self._held, before[None], self._actions[-1][None].to(before))
-        self._features.append(self.model.encode(checked))
-        if self.config.readings and "proprio" in checked and hasattr(self.model, "read"):
-            read = self.model.read(self._features[-1].patches)
-            if read is not None:
-                self._off.append(self._features[-1].proprio - read)
+        self._past.take_in(seen, ran)
+        if self._past.off is not None and not all(self._known):
+            self._pursue(self._wanted, self._known, self._past.off)
 
     def _action(self, action: np.ndarray, what: str) -> np.ndarray:
         """An action float32 [A] from outside; raises ValueError where it is none."""
@@ -191,71 +180,44 @@ class Agent:
             raise ValueError(f"expected an {what} of {self.model.action_dim} finite numbers, got {action}; give what the robot was told")
         return action
 
-    def _ahead_of(self, context: Context, under_way: Sequence[np.ndarray]) -> Context:
-        """A context that ends where the actions under way will have led, as imagined."""
-        if not under_way:
-            return context
-        actions = torch.from_numpy(np.stack(under_way))[None].to(context.actions)  # [1, n, A]
-        imagined = self.model.rollout(context, actions[:, None], self.model.sample_z((1, 1, 1, len(under_way)), None))
-        pairs = zip(context.features, imagined)
-        features = Features(*(None if now is None or later is None else torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in pairs))
-        held, places = context.held, () if features.proprio is None else features.proprio[:, -1 - len(under_way) :].unbind(1)
-        for place, action in zip(places, actions.unbind(1)):
-            held = held_after(held, place, action)
-        return Context(features, torch.cat((context.actions, actions), 1), held)
+    def _observe(self, context: Context) -> float:
+        """Pass on to the next sub-goal where it is time; the present energy to the one pursued then."""
+        return self._course.observe(lambda subgoal: self._observed(context, subgoal), moved=self._holds == 0)
 
     def _kept(self, context: Context, observed: float) -> Decision | None:
         """The last decision, where a step of its plan is left and the gate lets it go on; else None."""
         last, age = self.last, self._age
         if age >= min(self.config.replan, last.plan.actions.shape[1]):
             return None
-        rest = Features(last.imagined.patches[:, age:], None if last.imagined.proprio is None else last.imagined.proprio[:, age:])
-        verdict = self.gate.judge(replace(last.plan, actions=last.plan.actions[:, age:]), rest, self._seen(context))
-        asked = last.later[0], verdict
+        rest = replace(last.plan, actions=last.plan.actions[:, age:])
+        verdict = self.gate.judge(rest, last.imagined.map(lambda x: x[:, age:]), self._seen(context))
+        asked = _told(rest.actions[0])[0], verdict
         return replace(last, observed=observed, verdict=verdict, asked=asked, answer="plan") if verdict.go else None
-
-    def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
-        """Count pictures that stay the same to the bit although the robot is told to move; a hold tells nothing."""
-        if self._pixels is None or not np.array_equal(pixels, self._pixels):
-            self._still = 0
-        elif np.abs(ran).max() > 0.1:
-            self._still += 1
-        self._pixels = pixels.copy()
 
     def _seen(self, context: Context) -> Seen:
         """What the gate may know besides the plan."""
-        return Seen(self._features[-1], self._pursued[self._course.subgoal], self._pixels, self._expected, self._still, context)
+        past = self._past
+        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, context)
 
-    def _pursue(self, goals: list[Features], known: list[bool]) -> None:
+    def _pursue(self, goals: list[Features], known: list[bool], off: Tensor | None) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
 
-        What a reading is off now, where the truth is known, it is off there too: the camera is not quite where it was.
+        What a reading is off [S] now, where the truth is known, it is off there too: the camera is not quite where it was.
         """
-        self._wanted, self._known = goals, known
-        off = torch.stack(list(self._off)).median(0).values if self._off else 0.0
-        self._pursued = [
-            goal if sure or goal.proprio is None else goal._replace(proprio=goal.proprio + off) for goal, sure in zip(goals, known)
+        pursued = [
+            goal if sure or goal.proprio is None or off is None else goal._replace(proprio=goal.proprio + off) for goal, sure in zip(goals, known)
         ]
-        self._energies = [self.energy(_with_axes(goal, 1)) for goal in self._pursued]
+        energies = [self.energy(_with_axes(goal, 1)) for goal in pursued]
+        self._wanted, self._known, self._pursued, self._energies = goals, known, pursued, energies
 
     def _is_new(self) -> bool:
         """Whether there is no plan yet for the present sub-goal."""
         return self.last is None or self.last.subgoal != self._course.subgoal
 
-    def _context(self) -> Context:
-        patches = torch.stack([f.patches for f in self._features])[None]  # [1, T, P, D]
-        known = all(f.proprio is not None for f in self._features)
-        proprio = torch.stack([f.proprio for f in self._features])[None] if known else None
-        past = list(self._actions)[-(len(self._features) - 1) :] if len(self._features) > 1 else []
-        actions = torch.stack(past)[None] if past else torch.zeros(1, 0, self.model.action_dim)
-        return Context(Features(patches, proprio), actions.to(patches), self._held)
-
     def _observed(self, context: Context, subgoal: int) -> float:
         """Energy of the last frame to a sub-goal."""
-        now = context.features
-        proprio = None if now.proprio is None else now.proprio[:, None, None, -1:]
-        seen = Features(now.patches[:, None, None, -1:], proprio)  # [1, 1, 1, 1, P, D]
-        still = now.patches.new_zeros(1, 1, 1, self.model.action_dim)
+        seen = context.features.map(lambda x: x[:, None, None, -1:])  # [1, 1, 1, 1, P, D]
+        still = seen.patches.new_zeros(1, 1, 1, self.model.action_dim)
         return float(self._energies[subgoal](seen, still))
 
     def _decide(self, context: Context, observed: float, horizon: int) -> Decision:
@@ -277,7 +239,7 @@ class Agent:
             raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
-        asked = plan.actions[0, 0].clamp(-1, 1).numpy(force=True).astype(np.float32), decision.verdict
+        asked = _told(plan.actions[0])[0], decision.verdict
         if not self._wary and decision.verdict.score > config.worry * decision.verdict.limit:
             detour = self._detour(context, horizon)
             self._wary = detour is not None
@@ -308,7 +270,7 @@ class Agent:
         """What the model says of the way to the goals ahead, if it says anything: `suggest`, or `detour` of a safer one."""
         if not hasattr(self.model, which):
             return None
-        now = Features(*(None if x is None else x[0, -1] for x in context.features))
+        now = context.features.map(lambda x: x[0, -1])
         return getattr(self.model, which)(now, self._pursued[self._course.subgoal :], horizon)
 
     def _detour(self, context: Context, horizon: int) -> Suggestion | None:
@@ -330,7 +292,7 @@ class Agent:
         looks, energy = self.config.looks, self._energies[self._course.subgoal]
         z = self.model.sample_z((1, 1, looks, plan.actions.shape[1]), self._generator if looks > 1 else None)
         imagined, energies = look_ahead(self.model, context, energy, plan.actions[:, None], z)
-        futures = Features(*(None if x is None else x[0, 0] for x in imagined))
+        futures = imagined.map(lambda x: x[0, 0])
         doubt = spread(futures.patches[:, -1:])
         verdict, mean = self.gate.judge(plan, futures, self._seen(context)), float(energies.mean())
         return Decision(
@@ -344,7 +306,7 @@ class Agent:
             if not suggested.chooses:  # not what leads there: when matters
                 start[..., list(getattr(self.planner, "choices", ()))] = 0.0
             return start
-        start = torch.zeros(1, horizon, self.model.action_dim, device=self._features[-1].patches.device)
+        start = torch.zeros(1, horizon, self.model.action_dim, device=self._past.now.patches.device)
         if not self._is_new():
             left = self.last.plan.actions[:, self._age : self._age + horizon]
             start[:, : left.shape[1]] = left
@@ -353,22 +315,9 @@ class Agent:
 
 def _with_axes(features: Features, axes: int) -> Features:
     """Features with leading axes of size 1."""
-    return Features(*(None if x is None else x.reshape((1,) * axes + x.shape) for x in features))
+    return features.map(lambda x: x.reshape((1,) * axes + x.shape))
 
 
-def _checked(obs: Obs, what: str, shape: tuple[int, ...] | None) -> dict[str, np.ndarray]:
-    """What a model may see of an observation; raises ValueError where that is not as expected."""
-    if not hasattr(obs, "keys") or "pixels" not in obs:
-        raise ValueError(f"expected a {what} with 'pixels' uint8 [h, w, 3], got {type(obs).__name__}; render it")
-    pixels = np.asarray(obs["pixels"])
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"expected pixels of the {what} as uint8 in 0..255, got {pixels.dtype}; convert them")
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.shape != (shape or pixels.shape):
-        wanted = "[h, w, 3]" if shape is None else f"{list(shape)} as of the first goal"
-        raise ValueError(f"expected pixels of the {what} of shape {wanted}, got {list(pixels.shape)}; render all at one size")
-    if obs.get("proprio") is None:
-        return {"pixels": pixels}
-    proprio = np.asarray(obs["proprio"], np.float32)
-    if proprio.ndim != 1 or not np.isfinite(proprio).all():
-        raise ValueError(f"expected proprio of the {what} as finite numbers [S], got {proprio}; leave it out if unknown")
-    return {"pixels": pixels, "proprio": proprio}
+def _told(actions: Tensor) -> list[np.ndarray]:
+    """What a robot is told of actions [H, A]: each float32 [A], in [-1, 1]."""
+    return list(np.clip(actions.numpy(force=True), -1, 1).astype(np.float32))

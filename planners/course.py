@@ -24,7 +24,8 @@ class CourseConfig:
     retries: int = 3  # times, at most, in an episode
 
     def __post_init__(self) -> None:
-        at_least(self, horizon=1, least_horizon=1, retries=0)
+        known = {"retry": 0} if self.retry is not None else {}
+        at_least(self, horizon=1, least_horizon=1, retries=0, progress=0, **known)
         if min(*self.subgoal_steps, 1, self.patience or 1) < 1 or self.patience == 0:
             raise ValueError(f"subgoal_steps is {self.subgoal_steps}, patience {self.patience}: expected at least 1 each")
 
@@ -32,7 +33,7 @@ class CourseConfig:
 def at_least(config: object, **least: float) -> None:
     """Raise ValueError where a field of a config is less than it may be."""
     for name, low in least.items():
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:  # which NaN is not
             raise ValueError(f"{name} is {getattr(config, name)}: expected at least {low}")
 
 

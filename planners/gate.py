@@ -82,13 +82,12 @@ class SafetyGate:
     def signals(self, plan: Plan, imagined: Features, seen: Seen) -> dict[str, float]:
         """The values that limits are for."""
         run = slice(0, 1)
-        futures = Features(imagined.patches[None, None, :, run], None if imagined.proprio is None else imagined.proprio[None, None, :, run])
+        futures = imagined.map(lambda x: x[None, None, :, run])
         novelty = self.novelty or (lambda patches: torch.zeros(()))
         values = {"hazard": 0.0, "doubt": spread(imagined.patches[:, run]), "surprise": 0.0,
                   "novelty": float(novelty(seen.now.patches)), "goal_novelty": float(novelty(seen.goal.patches))}  # fmt: skip
         if self.hazard is not None:
-            now = Features(*(None if x is None else x[None, None] for x in seen.now))
-            context = seen.context or Context(now, plan.actions[:, :0])
+            context = seen.context or Context(seen.now.map(lambda x: x[None, None]), plan.actions[:, :0])
             values["hazard"] = float(self.hazard(context, futures, plan.actions[:, None, run]).max())
         if seen.expected is not None:
             values["surprise"] = float((seen.expected.patches - seen.now.patches).abs().mean((-2, -1)).min())

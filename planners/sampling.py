@@ -58,14 +58,14 @@ class SamplingConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more, and less than 1")
         momenta = self.momentum_std if isinstance(self.momentum_std, tuple) else (self.momentum_std or 0.0,)
-        if not momenta or min(momenta) < 0 or max(momenta) >= 1 or self.ball < 0:
+        if not momenta or not all(0 <= momentum < 1 for momentum in momenta) or not self.ball >= 0:
             raise ValueError(
                 f"momentum_std is {self.momentum_std} and ball {self.ball}: expected 0 or more, and less than 1 of momentum_std"
             )
         if not 0 < self.fine <= 1:
             raise ValueError(f"fine is {self.fine}: expected more than 0, and at most 1")
         stds = self.std if isinstance(self.std, tuple) else (self.std,)
-        if not stds or min(*stds, self.min_std, self.temperature, self.min_std) <= 0:
+        if not stds or not all(value > 0 for value in (*stds, self.min_std, self.temperature)):
             raise ValueError(f"std {self.std}, min_std {self.min_std}, temperature {self.temperature}: expected more than 0")
 
 

@@ -86,7 +86,7 @@ class _Turn(threading.Thread):
         super().__init__(daemon=True)
         self._task, self._go, self._stop = task, threading.Semaphore(0), threading.Semaphore(0)
         self.question: tuple | None = None
-        self.answer, self.result, self.error = None, None, None
+        self.answer, self.result, self.error, self._given_up = None, None, None, None
         self.start()
 
     def run(self) -> None:
@@ -94,6 +94,8 @@ class _Turn(threading.Thread):
         torch.set_num_threads(1)  # of this thread; a team of its own for its small products takes longer than they do
         self._go.acquire()
         try:
+            if self._given_up is not None:
+                raise self._given_up
             self.result = self._task()
         except BaseException as error:  # whatever it is, it is raised where the turns are given
             self.error = error
@@ -106,14 +108,21 @@ class _Turn(threading.Thread):
         self._stop.acquire()
         return self.question is not None
 
+    def give_up(self, error: BaseException) -> None:
+        """Have it raise an error where it waits, or asks next."""
+        self._given_up = error
+        self._go.release()
+
     def ask(self, *question: Any) -> Any:
         """Inside the task: end the turn with a question, and return its answer; what went wrong with that is raised."""
-        self.question = question
-        self._stop.release()
-        self._go.acquire()
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        return self.answer
+        if self._given_up is None:
+            self.question = question
+            self._stop.release()
+            self._go.acquire()
+        answer = self.answer if self._given_up is None else self._given_up
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
 
 class _Shared:
@@ -151,15 +160,21 @@ class _Shared:
         self._joint.clear()
         threads = torch.get_num_threads()
         turns = [_Turn(task) for task in tasks]
-        asking = [turn for turn in turns if turn.go_on()]
-        while asking:
-            alike: dict[tuple, list[_Turn]] = {}
-            for turn in asking:
-                alike.setdefault(_shape(turn.question), []).append(turn)
-            for group in alike.values():
-                self._answer(group)
-            asking = [turn for turn in asking if turn.go_on()]
-        torch.set_num_threads(threads)  # which new threads take over
+        try:
+            asking = [turn for turn in turns if turn.go_on()]
+            while asking:
+                alike: dict[tuple, list[_Turn]] = {}
+                for turn in asking:
+                    alike.setdefault(_shape(turn.question), []).append(turn)
+                for group in alike.values():
+                    self._answer(group)
+                asking = [turn for turn in asking if turn.go_on()]
+        except BaseException as error:  # an interrupt, as a rule: no task is left behind, waiting
+            for turn in turns:
+                turn.give_up(error)
+            raise
+        finally:
+            torch.set_num_threads(threads)  # which new threads take over
         for turn in turns:
             if turn.error is not None:
                 raise turn.error
@@ -172,7 +187,7 @@ class _Shared:
             with torch.no_grad():
                 if kind == "encode":
                     whole = self._model.encode({key: np.stack([obs[key] for (obs,) in questions]) for key in questions[0][0]})
-                    answers = [Features(*(None if x is None else x[i] for x in whole)) for i in range(len(group))]
+                    answers = [whole.map(lambda x, i=i: x[i]) for i in range(len(group))]
                 elif kind in ("suggest", "detour"):
                     nows, goals, (horizon, *_) = zip(*questions)
                     whole = getattr(self._model, kind)(_stacked(nows), [_stacked(each) for each in zip(*goals)], horizon)
@@ -192,9 +207,11 @@ class _Shared:
         """One context of several, the same one for the same ones: a model may remember what it made of it."""
         key = tuple(map(id, contexts))
         if key not in self._joint:
-            features = [None if x[0] is None else torch.cat(x) for x in zip(*(c.features for c in contexts))]
-            joint = Context(Features(*features), torch.cat([c.actions for c in contexts]))
-            self._joint[key] = list(contexts), joint
+            patches, proprio = zip(*(c.features for c in contexts))
+            unknown = next((torch.full_like(c.held, torch.nan) for c in contexts if c.held is not None), None)
+            held = None if unknown is None else torch.cat([unknown[:1].expand(len(c.actions), -1) if c.held is None else c.held for c in contexts])
+            features = Features(torch.cat(patches), None if proprio[0] is None else torch.cat(proprio))
+            self._joint[key] = list(contexts), Context(features, torch.cat([c.actions for c in contexts]), held)
         return self._joint[key][1]
 
 
@@ -205,8 +222,7 @@ def _stacked(features: Sequence[Features]) -> Features:
 
 def _row(suggestion: Suggestion, i: int) -> Suggestion:
     """What is suggested to one of several."""
-    waypoint = Features(*(None if x is None else x[i] for x in suggestion.waypoint))
-    return Suggestion(suggestion.actions[i], waypoint, suggestion.chooses)
+    return Suggestion(suggestion.actions[i], suggestion.waypoint.map(lambda x: x[i]), suggestion.chooses)
 
 
 def _shape(question: tuple) -> tuple:

@@ -179,6 +179,21 @@ def test_a_plan_goes_on_while_nobody_decides():
     agent.watch(picture(world.position))
     obs = world.step(between)
     assert np.array_equal(agent.act(obs, between), plan.actions[0, 2].numpy()) and agent.last.plan is plan
+    assert np.array_equal(agent.last.asked[0], agent.last.action)
+
+
+def test_steps_without_a_decision_use_up_the_budget():
+    agent, world, turns = agent_of(config=AgentConfig(subgoal_steps=(4, 10, 4))), Plane(), []
+    agent.reset(FAR)
+    obs = picture(world.position)
+    for t in range(18):
+        if t % 3:
+            agent.watch(obs, np.zeros(2, np.float32))
+        else:
+            obs = world.step(agent.act(obs))
+            turns.append(agent.last.subgoal)
+    assert turns == [0, 0, 1, 1, 1, 2]  # at steps 0, 3, 6, 9, 12, 15
+
 
 
 def test_the_last_plan_is_the_next_warm_start():
@@ -467,6 +482,20 @@ def test_bad_goals_are_refused(goal, words):
         agent_of().reset(goal)
 
 
+def test_a_reset_that_fails_leaves_the_episode_as_it_was():
+    agent, alone = agent_of(config=AgentConfig(subgoal_steps=(1, 2))), agent_of()
+    for one in (agent, alone):
+        one.reset(FAR[0])
+    with pytest.raises(ValueError, match="2 entries for 3"):
+        agent.reset(FAR)
+    assert np.array_equal(agent.act(picture((0.1, 0.1))), alone.act(picture((0.1, 0.1)))) and agent.last.energy == alone.last.energy
+    new = agent_of(config=AgentConfig(subgoal_steps=(1, 2)))
+    with pytest.raises(ValueError, match="2 entries for 3"):
+        new.reset(FAR)
+    with pytest.raises(RuntimeError, match="call reset"):
+        new.act(picture((0, 0)))
+
+
 def test_bad_observations_and_imaginations_are_refused():
     agent = agent_of()
     agent.reset(picture((0.5, 0.5)))
@@ -481,7 +510,7 @@ def test_bad_observations_and_imaginations_are_refused():
 
 
 def test_bad_configs_are_refused():
-    for fields in ({"horizon": 0}, {"replan": 3, "horizon": 2}, {"looks": 0}, {"subgoal_steps": (4, 0)}, {"samples_z": -1}):
+    for fields in ({"horizon": 0}, {"replan": 3, "horizon": 2}, {"looks": 0}, {"subgoal_steps": (4, 0)}, {"samples_z": -1}, {"progress": np.nan}, {"retry": -1}):
         with pytest.raises(ValueError, match="expected"):
             AgentConfig(**fields)
     with pytest.raises(ValueError, match="2 entries for 3 sub-goals"):

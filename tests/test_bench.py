@@ -12,10 +12,12 @@ from PIL import Image
 
 import envs
 from planners.agent import Agent, AgentConfig
+from planners.gate import Limits, SafetyGate
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel.commands import bench, cli, suite
-from worldmodel.commands.bench import Config, wilson
-from worldmodel.commands.policies import Paced, Player, goals, strayed
+from worldmodel.commands.actors import Paced, strayed
+from worldmodel.commands.bench import Config, resolved, wilson
+from worldmodel.commands.policies import Player, goals
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.data import Dataset
 from worldmodel.encoder import EncoderConfig, VideoEncoder
@@ -249,6 +251,18 @@ def test_the_simulator_has_one_environment(world):
         world[1].rollout(None, torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 1, 1))
 
 
+def test_in_the_simulator_a_gate_sees_each_step_and_the_hazard_the_step_before():
+    """Whatever the cost looks at."""
+    player = Player(resolved(Config(Path("out"), policy="simulator", risk_weight=0.0, samples=2, iterations=1, max_steps=2)))
+    contexts, head = [], player.agent.hazard
+    player.agent.gate = SafetyGate(Limits(hazard=1.0), lambda context, *rest: contexts.append(context) or head(context, *rest), sampled=False)
+    steps = []
+    player.play(100, steps)
+    player.close()
+    assert [step["answer"] for step in steps] == ["plan", "plan"], [step["verdict"].why for step in steps]
+    assert contexts[-1].actions.shape == (1, 1, 4)
+
+
 def test_planning_in_the_simulator_finds_lower_energies(encoder):
     """Even those of an untrained encoder, which tell little about distances."""
     env = envs.make(envs.EnvConfig(task="reach", image_size=48))
@@ -352,6 +366,7 @@ def test_a_suite_is_rows_of_benchmarks_in_one_table(tmp_path, capfd, monkeypatch
     (tmp_path / "own.yaml").write_text("rows: [--task reach --policy nothing --episodes 2 --max-steps 2, --task reach --policy expert --episodes 1]")
     (tmp_path / "torn.yaml").write_text("rows: nothing")
     (tmp_path / "wrong.yaml").write_text("rows: [--task reach --policy magic]")
+    (tmp_path / "odd.yaml").write_text("rows: [--task reach --seed=7]")
     monkeypatch.setattr(suite, "SUITES", tmp_path)
     out = str(tmp_path / "out")
     assert cli.main(["bench", "--suite", "own", "--seed", "100", "--out", out, "--json"]) == 0
@@ -362,8 +377,8 @@ def test_a_suite_is_rows_of_benchmarks_in_one_table(tmp_path, capfd, monkeypatch
     assert cli.main(["bench", "--suite", "own", "--seed", "100", "--out", out]) == 0  # which plays nothing again
     assert "table.md" in capfd.readouterr().out
     for flags, expected in {
-        "--suite none": "known are own, torn, wrong", "--suite torn": "has no rows", "--suite wrong": "'planner', 'simulator'",
-        "--suite own --episodes 3": "leave --episodes",
+        "--suite none": "known are odd, own, torn, wrong", "--suite torn": "has no rows", "--suite wrong": "'planner', 'simulator'",
+        "--suite own --episodes 3": "leave --episodes", "--suite odd": "has --seed: expected episodes to play",
     }.items():  # fmt: skip
         assert cli.main(["bench", *flags.split(), "--out", str(tmp_path / "other")]) == 2
         assert expected in capfd.readouterr().err

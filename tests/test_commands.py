@@ -333,6 +333,8 @@ def test_failure_that_is_no_bad_input_shows_its_traceback(tmp_path, capfd, monke
     assert cli.main(words("collect", "--preset", "debug", "--out", tmp_path / "set")) == 1
     out, err = capfd.readouterr()
     assert out == "" and "Traceback" in err and "ZeroDivisionError: ours" in err
+    assert cli.noticed(collect.__file__, "raise ValueError(") and not cli.noticed(collect.__file__, "a, b = pair")
+    assert not cli.noticed(json.__file__, "raise JSONDecodeError")
 
 
 def test_results_become_json():
@@ -547,6 +549,7 @@ def test_bench_refuses_bad_input(model, tmp_path, capfd):
         "--episodes -1": "episodes is -1",
         "--samples 0": "samples is 0",
         "--seed -1": "seed is -1",
+        "--progress nan": "progress is nan, expected a number",
     }.items():
         assert expected in refuse(capfd, *args, *flags.split(), *out)
     for path, expected in damaged_weights(model, tmp_path).items():

@@ -10,8 +10,8 @@ import torch
 from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit, spread
 from planners.interface import Plan, Seen
 from worldmodel import model
-from worldmodel.commands import abstention, cli
-from worldmodel.commands.policies import RandomGate
+from worldmodel.commands import abstention, calibrate, cli
+from worldmodel.commands.actors import RandomGate
 from worldmodel.interface import Features
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -123,12 +123,21 @@ def test_what_a_gate_was_worth():
     episodes = [{"asked": asked[:2], "answers": ["plan", "plan"]}, {"asked": asked[2:], "answers": ["hold", "cautious plan", "plan"]}]
     told = abstention.rates(episodes)
     assert told["refusal_rate"] == 0.4 and told["abstention_rate"] == 0.2 and told["let_go_and_wrong"] == 0.2
+    assert told["episode_risk"] == pytest.approx((1 / 2 + 0 / 3) / 2)  # an episode's share, however long it is
     assert told["false_alarm_rate"] == pytest.approx(1 / 3) and told["auroc"] == pytest.approx(4 / 6)
     curve = abstention.risk_coverage(episodes)
     assert np.allclose(curve, [[0.2, 0], [0.4, 1 / 2], [0.6, 1 / 3], [0.8, 1 / 4], [1, 2 / 5]])
     unknown = abstention.rates([{"asked": [[0.5, 0, None], [0.1, 1, 0]], "answers": ["hold", "plan"]}])
     assert unknown["refusal_rate"] == 0.5 and unknown["false_alarm_rate"] is unknown["auroc"] is None
     assert set(abstention.rates([{}]).values()) == {None}
+
+
+def test_a_calibration_tells_the_risk_that_it_bounds():
+    well, wrong = ({"hazard": h, "doubt": 0.0, "surprise": 0.0, "novelty": 0.0, "unsafe": h > 0.5} for h in (0.1, 0.6))
+    episodes = [[well] * 3 + [wrong], [], [well] * 36 + [wrong] * 4]
+    told = calibrate.judged(episodes, {"hazard": 0.7, "doubt": 1.0, "surprise": 1.0, "novelty": 1.0})
+    assert told["let_go_and_wrong"] == pytest.approx(5 / 44) and told["episode_risk"] == pytest.approx((1 / 4 + 1 / 10) / 2)
+    assert calibrate.judged(episodes, {"hazard": 0.5, "doubt": 1.0, "surprise": 1.0, "novelty": 1.0})["episode_risk"] == 0
 
 
 def call(*args) -> int:
@@ -167,4 +176,6 @@ def test_from_calibrate_to_bench(tmp_path, capsys):
         assert "was calibrated for" in capsys.readouterr().err
     assert call("calibrate", "--preset", "debug", "--model", without_hazard(trained, tmp_path), "--out", tmp_path / "c") == 2
     assert "no hazard head" in capsys.readouterr().err
+    assert call("calibrate", "--out", tmp_path / "c", "--risk", 0.01) == 2
+    assert "from at least 99 episodes, two thirds of --episodes 90" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

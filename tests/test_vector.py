@@ -1,5 +1,8 @@
 """Agents that decide at once do what each would do alone, and ask the model as one."""
 
+import threading
+import time
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -127,6 +130,41 @@ def test_what_goes_wrong_in_one_is_raised(world):
         several.reset(pictures(2, 0), where=np.array([1]))
     with pytest.raises(ValueError, match="at least 1"):
         VectorAgent(make, world, 0)
+
+
+def test_an_interrupt_leaves_no_thread_behind(world):
+    class Interrupted(LatentModel):
+        def rollout(self, context, actions, z):
+            raise KeyboardInterrupt
+
+    several, threads, before = VectorAgent(make, Interrupted(world.encoder, world.predictor), 3), torch.get_num_threads(), threading.active_count()
+    several.reset(pictures(3, 0))
+    with pytest.raises(KeyboardInterrupt):
+        several.act(pictures(3, 1))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before and torch.get_num_threads() == threads
+
+
+def test_what_is_held_is_told_of_each(world):
+    told = []
+
+    class Told(LatentModel):
+        def rollout(self, context, actions, z):
+            told.append(context.held)
+            return super().rollout(context, actions, z)
+
+    several = VectorAgent(make, Told(world.encoder, world.predictor), 2)
+    several.reset(pictures(2, 0))
+    several.act(pictures(2, 1))
+    assert told.pop() is None
+    closed = np.array([0, 0, 0, -1], np.float32)
+    for agent, ran in zip(several.agents, (closed, 0 * closed)):
+        agent._answer = ran
+    obs = pictures(2, 1)
+    several.act(pictures(2, 2))
+    assert np.allclose(told[-1][0], obs["proprio"][0]) and told[-1][1].isnan().all()
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

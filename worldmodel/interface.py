@@ -10,7 +10,7 @@ Batch first, time next, features last. Images are uint8 RGB, rows from the top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -28,6 +28,10 @@ class Features(NamedTuple):
 
     patches: Tensor  # float32 [..., P, D]
     proprio: Tensor | None = None  # float32 [..., S], metres and radians as observed
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Both changed, as by indexing leading axes; what is unknown stays unknown."""
+        return Features(*(None if x is None else change(x) for x in self))
 
 
 @dataclass(frozen=True)

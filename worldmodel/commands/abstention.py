@@ -20,18 +20,21 @@ def rates(episodes: list[dict]) -> dict:
     """Rates over all decisions of episodes as results.json has them; None where there was no gate, or nothing to tell from.
 
     `refusal_rate` of first plans; `abstention_rate`, of steps at which nothing safer was found either; `false_alarm_rate`, of
-    first plans that would have gone well; `let_go_and_wrong`, of all decisions; `auroc` of the score for what went wrong.
+    first plans that would have gone well; `let_go_and_wrong`, of all decisions; `episode_risk`, of an episode's decisions, meaned over
+    episodes, which is what `calibrate --risk` bounds; `auroc` of the score for what went wrong.
     """
     answers = [answer for e in episodes for answer in e.get("answers", ())]
     score, go, wrong = _asked(episodes)
     let_go, known = go == 1, not np.isnan(wrong).any()
     bad = wrong == 1
     ranked = auroc(score, bad) if len(score) and known else np.nan
+    shares = [np.mean((own[1] == 1) & (own[2] == 1)) for own in (_asked([e]) for e in episodes) if own.size]
     return {
         "refusal_rate": _share(~let_go, np.ones_like(let_go)),
         "abstention_rate": sum(a in ("hold", "hand over") for a in answers) / len(answers) if answers else None,
         "false_alarm_rate": _share(~let_go & ~bad, ~bad) if known else None,
         "let_go_and_wrong": _share(let_go & bad, np.ones_like(bad)) if known else None,
+        "episode_risk": float(np.mean(shares)) if shares and known else None,
         "auroc": None if np.isnan(ranked) else ranked,
     }
 

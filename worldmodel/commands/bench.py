@@ -206,6 +206,9 @@ def run(config: Config) -> dict:
     player.begin(config.seed)  # notices what is wrong before anything is written
     with workers.owned(config.out, "bench") as folder:
         log = Log.open(folder / "episodes.jsonl", _identity(config))
+        if config.record:
+            (folder / "data").mkdir(exist_ok=True)
+            data.remove_leftovers(folder / "data")
         seeds = range(config.seed, config.seed + config.episodes)
         missing = [seed for seed in seeds if seed not in log.episodes or config.record and not _recorded(config, seed)]
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc=f"bench {config.policy}", unit="episode")
@@ -256,17 +259,16 @@ def _offline(config: Config) -> dict:
     budget["elites"] = config.elites or min(elites, budget["samples"])
     meta = world.latent_dim == 0
     planner = SamplingPlanner(dataclasses.replace(VJEPA2_AC if meta else SamplingConfig(gripper="gaussian"), **budget))
-    if config.out.exists() and any(config.out.iterdir()):
-        raise FileExistsError(f"{config.out} is not empty; choose another --out")
-    steps = energy.offline(world, pixels, states, planner, config.seed)
-    errors, still = ([step[key] for step in steps] for key in ("error_mm", "no_motion_error_mm"))
-    summary = {
-        "trajectory": str(config.trajectory), "steps": len(steps), "error_mm": float(np.median(errors)),
-        "no_motion_error_mm": float(np.median(still)), "seconds": float(np.median([step["seconds"] for step in steps])),
-        "out": str(config.out),
-    }  # fmt: skip
-    with workers.owned(config.out, "bench") as folder, data.replacing(folder / "results.json") as file:
-        file.write(json.dumps({"config": {**budget, "seed": config.seed}, "steps": steps, "summary": summary}, indent=1).encode())
+    with workers.fresh(config.out, "bench") as folder:
+        steps = energy.offline(world, pixels, states, planner, config.seed)
+        errors, still = ([step[key] for step in steps] for key in ("error_mm", "no_motion_error_mm"))
+        summary = {
+            "trajectory": str(config.trajectory), "steps": len(steps), "error_mm": float(np.median(errors)),
+            "no_motion_error_mm": float(np.median(still)), "seconds": float(np.median([step["seconds"] for step in steps])),
+            "out": str(config.out),
+        }  # fmt: skip
+        with data.replacing(folder / "results.json") as file:
+            file.write(json.dumps({"config": {**budget, "seed": config.seed}, "steps": steps, "summary": summary}, indent=1).encode())
     return summary
 
 
@@ -291,7 +293,7 @@ def report(result: dict) -> str:
         "gate": ""
         if result["abstention_rate"] is None
         else f"refused {_percent(result['refusal_rate'])} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
-        f"let go {_percent(result['let_go_and_wrong'])} that went wrong; held at {result['abstention_rate']:.1%} of the steps; "
+        f"let go {_percent(result['let_go_and_wrong'])} that went wrong, {_percent(result['episode_risk'])} of an episode's in the mean; held at {result['abstention_rate']:.1%} of the steps; "
         f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
         "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
@@ -496,7 +498,6 @@ def _play(config: Config, player, seed: int) -> dict:
 
     episode, film, played = player.play(seed)
     if config.record:
-        (config.out / "data").mkdir(exist_ok=True)
         data.write_episode(_path(config, seed), as_data(played, episode["task"], episode["object"], config.policy))
     if seed - config.seed < config.video:
         write_film(config.out / f"episode-{seed}.webp", film)

@@ -1,9 +1,9 @@
 """Calibrate the safety gate: limits for what a planner's own decisions show, from what really followed them.
 
 Plays episodes with a gate that has no limits, and measures each decision's signals and whether its step had an unsafe event.
-The limit of the hazard is the largest that keeps the share of decisions that are let go and go wrong within --risk
-(conformal risk control); those of doubt, surprise and novelty are passed by a decision that goes well in at most a share
---alarm of the episodes (split conformal prediction). Both hold for fresh episodes of the same task, model and planner, all of
+The limit of the hazard is the largest that keeps the share of an episode's decisions that are let go and go wrong, in the mean
+over episodes, within --risk (conformal risk control); those of doubt, surprise and novelty are passed by a decision that goes
+well in at most a share --alarm of the episodes (split conformal prediction). Both hold for fresh episodes of the same task, model and planner, all of
 whose flags the file names: a gate refuses to start with others. They are of decisions made without the gate; what it
 refuses leads elsewhere.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,10 @@ class Config(bench.Config):
     threads: int = 2
     """processor threads of each"""
     risk: float = 0.05
-    """share of an episode's decisions that may be let go and go wrong (0 to 1)"""
+    """share of an episode's decisions that may be let go and go wrong (more than 0, less than 1)"""
     alarm: float = 0.05
-    """share of the episodes in which each of the other signals may refuse a decision that goes well (0 to 1)"""
+    """share of the episodes in which each of the other signals may refuse a decision that goes well (less than 1); 0: the hazard alone
+    has a limit"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,8 +57,14 @@ class Config(bench.Config):
             raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime, --record, --suite and --video")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
-        if not (0 < self.risk < 1 and 0 < self.alarm < 1):
-            raise ValueError(f"risk is {self.risk} and alarm {self.alarm}: expected more than 0, and less than 1")
+        if not (0 < self.risk < 1 and 0 <= self.alarm < 1):
+            raise ValueError(f"risk is {self.risk} and alarm {self.alarm}: expected more than 0, or of the alarm 0, and less than 1")
+        least = 1 / min(rate for rate in (self.risk, self.alarm) if rate) - 1  # episodes that limits come from
+        if self.episodes - _first(self.episodes) < least - 1e-9:
+            raise ValueError(
+                f"a risk of {self.risk} and an alarm of {self.alarm} take limits from at least {math.ceil(least - 1e-9)} episodes, two thirds of "
+                f"--episodes {self.episodes}: play more, or allow more"
+            )
 
 
 def run(config: Config) -> dict:
@@ -64,27 +72,34 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel.checkpoint import save_tensors
-    from worldmodel.commands.policies import Player, calibrated_for
+    from worldmodel.commands.policies import calibrated_for
     from worldmodel.density import Density
 
     if config.out.exists():
         raise FileExistsError(f"{config.out} exists; give a path that does not")
     played = bench.resolved(bench.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(bench.Config)}))
-    player = Player(played)
-    player.begin(config.seed)  # notices what is wrong before anything takes long
-    if getattr(player.model, "hazard", None) is None:
-        raise ValueError(f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one")
-    player.close()
-    seeds = range(config.seed, config.seed + config.episodes)
-    first = max(1, config.episodes // 3)
-    density = Density.fit(torch.cat(_each(_usual, played, None, seeds[:first], "what is usual")))
-    episodes = _each(_decisions, played, density, seeds[first:], "limits")
+    player = bench.player_of(played)
+    try:
+        player.begin(config.seed)  # notices what is wrong before anything takes long
+        if getattr(player.model, "hazard", None) is None:
+            raise ValueError(f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one")
+        seeds, first = range(config.seed, config.seed + config.episodes), _first(config.episodes)
+        density = Density.fit(torch.cat(_each(_usual, played, None, seeds[:first], "what is usual")))
+        episodes = _each(_decisions, played, density, seeds[first:], "limits")
+    finally:
+        player.close()
+        bench.player_of.cache_clear()
     limits = limits_for(episodes, config.risk, config.alarm)
     about = judged(episodes, limits)
     told = {name: value if np.isfinite(value) else None for name, value in limits.items()}  # JSON lacks infinity
     fields = {"limits": told, "risk": config.risk, "alarm": config.alarm, "of": calibrated_for(played)}
     save_tensors(config.out, "calibration", {"mean": density.mean, "std": density.std}, fields, about)
     return {"out": str(config.out), "limits": limits, "risk": config.risk, "alarm": config.alarm, **about}
+
+
+def _first(episodes: int) -> int:
+    """How many episodes tell what pictures are usual; the others tell the limits."""
+    return max(1, episodes // 3)
 
 
 def limits_for(episodes: list[list[dict]], risk: float, alarm: float) -> dict[str, float]:
@@ -112,7 +127,8 @@ def judged(episodes: list[list[dict]], limits: dict[str, float]) -> dict:
     """What the limits do to the decisions they come from, and how well each signal tells what goes wrong."""
     from worldmodel.hazard import auroc, calibration_error
 
-    taken = [one for own in episodes for one in own]
+    known = [own for own in episodes if own]
+    taken = [one for own in known for one in own]
     events = np.array([one["unsafe"] for one in taken], bool)
     go = np.array([all(one[name] <= limits[name] for name in SIGNALS) for one in taken], bool)
     return {
@@ -120,6 +136,7 @@ def judged(episodes: list[list[dict]], limits: dict[str, float]) -> dict:
         "auroc": {name: auroc(np.array([one[name] for one in taken]), events) for name in SIGNALS},
         "hazard_ece": calibration_error(np.array([one["hazard"] for one in taken]), events),
         "refused": float((~go).mean()), "let_go_and_wrong": float((go & events).mean()),
+        "episode_risk": float(np.mean([part.mean() for part in np.split(go & events, np.cumsum([len(own) for own in known])[:-1])])),
         "false_alarms": float((~go & ~events).sum() / max(1, (~events).sum())),
     }  # fmt: skip
 
@@ -164,7 +181,7 @@ def report(result: dict) -> str:
             *rows,
             f"{result['unsafe']} of {result['decisions']} decisions in {result['episodes']} episodes went wrong; the gate would have "
             f"refused {result['refused']:.1%}, {result['false_alarms']:.1%} of those that went well, and let go "
-            f"{result['let_go_and_wrong']:.1%} that went wrong (risk {result['risk']:.0%})",
+            f"{result['let_go_and_wrong']:.1%} that went wrong; of an episode's {result['episode_risk']:.1%} in the mean (risk {result['risk']:.1%})",
             f"written to {result['out']}",
         ]
     )

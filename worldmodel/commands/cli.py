@@ -96,13 +96,17 @@ def parse(command: str, module: ModuleType, flags: Sequence[str], preset: str | 
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(module.Config, prog=f"worldmodel {command}", args=words)
+            config = tyro.cli(module.Config, prog=f"worldmodel {command}", args=words)
     except SystemExit:
         title, _, text = _unbox(errors.getvalue()).partition(": ")
         text = text.removeprefix("Error parsing Config: ")
         if title == "Unrecognized options":
             text += f"; known are {', '.join('--' + name for name in known)}"
         raise ValueError(text) from None
+    for name, value in _flat(dataclasses.asdict(config)).items():
+        if any(isinstance(number, float) and math.isnan(number) for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} is nan, expected a number")
+    return config
 
 
 def shared(config, recipe: type) -> dict[str, typing.Any]:
@@ -256,12 +260,18 @@ def _jsonable(value):
     return value if isinstance(value, (int, str, bool, type(None))) else str(value)
 
 
+def noticed(file: str, line: str | None) -> bool:
+    """Whether an error that a line of a file brought up is bad input that our code noticed: it says `raise`, and is no mistake of ours."""
+    return file.startswith(OURS) and (line or "raise").startswith("raise")
+
+
 def _fail(who: str, error: Exception, show: bool) -> int:
     """Say what went wrong: a bad input in one line, anything else with its traceback."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [frame.filename for frame in frames]
     message = " ".join(str(error).split())
     bad_input = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
-    bad_input |= isinstance(error, ValueError) and files[-1].startswith(OURS)
+    bad_input |= isinstance(error, ValueError) and noticed(frames[-1].filename, frames[-1].line)
     if message.startswith("cannot draw"):
         bad_input = True
     elif any(part in file for file in files for part in DRAWING):

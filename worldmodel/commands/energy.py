@@ -102,9 +102,7 @@ def run(config: Config) -> dict:
         raise ValueError(f"{config.model} is an encoder, expected a model")
     scale = metres(world)
     wanted = change(*torch.from_numpy(states[config.step : config.step + 2])).numpy()
-    if config.out.exists() and any(config.out.iterdir()):
-        raise FileExistsError(f"{config.out} is not empty; choose another --out")
-    with workers.owned(config.out, "energy") as folder:
+    with workers.fresh(config.out, "energy") as folder:
         start = time.perf_counter()
         cost = cost_of(world, pixels, states, config.step, config.chunk)
         encoded = time.perf_counter() - start

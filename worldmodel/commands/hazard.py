@@ -55,13 +55,11 @@ def run(config: Config) -> dict:
     world, data, device = model.load(config.model), Dataset.open(config.data), usable(config.device)
     if not has(data, LABEL):
         raise ValueError(f"not all episodes of {', '.join(map(str, config.data))} say what was unsafe: expected {LABEL} in each")
-    if config.out.exists() and any(config.out.iterdir()):
-        raise FileExistsError(f"{config.out} is not empty; choose another --out")
     parts = dict(zip(("train", "held"), data.split(0.03)))
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
     check_robot(frames["train"], world)
     cache = config.cache or config.data[0] / "features"
-    with workers.owned(config.out, "hazard") as folder:
+    with workers.fresh(config.out, "hazard") as folder:
         features = dict(zip(parts, placed_features(world.encoder, list(parts.values()), cache, device)))
         world.predictor.to(device)
         look = None if world.policy is None else world.policy.look

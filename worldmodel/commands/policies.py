@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-import zlib
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +16,30 @@ from torch import nn
 
 import envs
 from envs import run
+from envs.control import STEP_SECONDS
 from envs.foreign import make as make_foreign
 from envs.foreign import policy as foreign_policy
 from envs.experts import make_policy
 from planners.agent import Agent, AgentConfig
 from planners.gate import Limits, SafetyGate
-from planners.interface import Gate, OpenGate, Plan, Seen, Verdict
+from planners.interface import Gate, OpenGate
 from planners.sampling import SamplingConfig, SamplingPlanner
 from worldmodel import model
 from worldmodel.checkpoint import MAKERS, read_header, sha256_of
 from worldmodel.commands.abstention import HIGHEST
+from worldmodel.commands.actors import Imitator, Paced, RandomGate
 from worldmodel.commands.film import Film
 from worldmodel.commands.simulator import SimulatorModel
 from worldmodel.density import Density, load_calibration
 from worldmodel.encoder import usable
 from worldmodel.energy import EnergyConfig, GoalEnergy
 from worldmodel.hub import load_encoder
-from worldmodel.interface import Features, WorldModel
+from worldmodel.interface import WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
-NOT_JUDGED = ("out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite")  # what
-# a calibration does not depend on
-PERIOD = 0.2  # s, of the environment's steps
-SLOWEST_OF = 3  # decisions, by which the next one is planned to begin
+NOT_JUDGED = (  # what a calibration does not depend on
+    "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite",
+)  # fmt: skip
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -93,18 +91,20 @@ class Player:
         if self.config.gate == "random":  # whoever plays the episode
             agent.gate = RandomGate(self.config.abstain, seed)
 
-        decide = Paced(agent, PERIOD) if self.config.realtime else agent.act
+        decide, begun = Paced(agent, STEP_SECONDS) if self.config.realtime else agent.act, False
 
         def act(obs, info):
-            if not steps:
+            nonlocal begun
+            if not begun:
                 agent.reset(goals_of(info), seed)
+                begun = True
             action = decide(obs)
             last = agent.last
             judged, decides = getattr(last, "verdict", None), getattr(decide, "decides", True)
             answer = getattr(last, "answer", "plan")
             spared = self._would_go_wrong(last.asked[0]) if answer != "plan" and last.asked else None
             steps.append({"seconds": last.seconds if decides else None, "late": getattr(decide, "late", False), "subgoal": last.subgoal,
-                          "energy": last.observed, "verdict": judged, "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
+                          "energy": last.observed if decides else None, "verdict": judged, "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
             return action
 
         return act
@@ -133,7 +133,7 @@ class Player:
         if simulated:
             known = isinstance(self.model, model.LatentModel)
             encoder = self.model.encoder if known else self.model
-            judged = config.risk_weight and getattr(self.model, "hazard", None) is not None
+            judged = getattr(self.model, "hazard", None) is not None  # by the cost, or by a gate: each step
             drawn = "last" if config.energy == "last" and not judged else "all"
             world = SimulatorModel(encoder, self.env, drawn, self.model if known else None)
         look = AgentConfig(
@@ -160,120 +160,6 @@ class Player:
         if sampled and getattr(self.model.predictor.config, "codes", False):  # of which all samples may be the same
             sampled = False
         return SafetyGate(limits, hazard, density, sampled)
-
-
-class Paced:
-    """An agent in a world that does not wait: every `period` seconds an action begins, whether it has decided or not.
-
-    A decision starts from the picture at a step's beginning. It is planned to begin as many steps later as the slowest of the last
-    few took, but no later than the plan before it ends, and begins then, or where it takes longer, as soon as it is there; sooner it
-    would run from where it was not planned for. Until then the last decision's actions run, as many as its plan has, then the
-    fallback. The clock is the decisions' own, as measured; the simulator's time does not count.
-    """
-
-    def __init__(self, agent: Agent, period: float) -> None:
-        self.agent, self.period = agent, period
-        self.decides = False  # whether a decision was made at the present step
-        self.late = False  # whether none began there that was to
-        self._queue: list[np.ndarray] = []  # actions to run from the present step on
-        self._decided: list[np.ndarray] = []  # what will be the queue
-        self._due, self._wait = 0, 0  # steps until then: as planned, and as long as it takes
-        self._took: deque[int] = deque([1], maxlen=SLOWEST_OF)  # steps
-        self._ran: np.ndarray | None = None
-
-    def __call__(self, obs: dict) -> np.ndarray:
-        """The action [A] of the step that begins with an observation."""
-        self._due, self._wait = self._due - 1, self._wait - 1
-        self.decides = max(self._due, self._wait) <= 0
-        self.late = self._due <= 0 < self._wait
-        if self.decides:
-            self._queue = self._decided
-        action = self._queue.pop(0) if self._queue else self.agent.fallback
-        if self.decides:
-            self._due = min(max(self._took), 1 + len(self._queue))
-            first = self.agent.act(obs, self._ran, [action, *self._queue[: self._due - 1]])
-            self._decided = [first, *self.agent.last.later]
-            self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
-            self._took.append(self._wait)
-        else:
-            self.agent.watch(obs, self._ran)
-        self._ran = action
-        return action
-
-
-@dataclass(frozen=True)
-class RandomGate:
-    """Refuses by chance, as often as it is told: whatever is planned in the same decision, or nothing.
-
-    What was expected of a picture tells decisions apart whose pictures are the same, as while a hand holds still: its z are new.
-    """
-
-    rate: float
-    seed: int
-
-    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
-        """Go, or not."""
-        known = seen.pixels.tobytes() + (b"" if seen.expected is None else seen.expected.patches.numpy(force=True).tobytes())
-        drawn = float(np.random.default_rng((self.seed, zlib.crc32(known))).random())
-        return Verdict(drawn >= self.rate, self.rate - drawn, 0.0, "by chance")
-
-
-@dataclass(frozen=True)
-class Imitated:
-    """What an Imitator has decided."""
-
-    subgoal: int
-    seconds: float
-    observed: float | None = None  # it knows no energy
-
-
-class Imitator:
-    """Lets a model's policy act alone from goal picture to goal picture, by their step budgets alone.
-
-    An Agent also moves on early, and back to the first one, by an energy, which these policies have not. At a share `stray` of
-    its steps it does something else.
-    """
-
-    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], stray: float = 0.0) -> None:
-        self.model, self._steps, self._stray = world, subgoal_steps, stray
-        self.last: Imitated | None = None
-
-    def reset(self, goals: list[dict], seed: int) -> None:
-        """Start an episode towards pictures, of which the last is the goal. ValueError where these are not so many."""
-        if len(goals) > 1 and len(self._steps) != len(goals):
-            raise ValueError(f"subgoal_steps has {len(self._steps)} entries for {len(goals)} sub-goals; expected one for each")
-        self._goals = [self.model.encode(goal).patches for goal in goals]
-        self._generator, self._rng = torch.Generator().manual_seed(seed), np.random.default_rng((seed, 2))
-        self._step = 0
-
-    def act(self, obs: dict) -> np.ndarray:
-        """An action [A]."""
-        start = time.perf_counter()
-        subgoal = min(int((np.cumsum(self._steps) <= self._step).sum()), len(self._goals) - 1)
-        now = Features(*(x[None] for x in self.model.encode(obs)))
-        action = self.model.policy.choose(now, self._goals[subgoal][None], self._generator)[0].numpy()
-        if self._stray and self._rng.random() < self._stray:
-            action = strayed(action, self._rng)
-        self._step += 1
-        self.last = Imitated(subgoal, time.perf_counter() - start)
-        return action
-
-
-def strayed(action: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What else might be done in place of an action [A]: as a rule less of its motion, else some more besides, or a way up.
-
-    So do a gate's answers to a plan, and plans that are searched around a policy's.
-    """
-    kind, other = rng.random(), action.copy()
-    if kind < 0.6:
-        other[:-1] *= rng.random()
-    elif kind < 0.8:
-        other[:-1] += rng.normal(0.0, 0.3, len(action) - 1)
-    else:
-        other[:] = 0.0
-        if len(action) > 3:
-            other[2] = 0.5
-    return other.clip(-1, 1)
 
 
 def load(path: Path, policy: str, begin: str | None = None) -> nn.Module:

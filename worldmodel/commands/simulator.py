@@ -28,7 +28,7 @@ class SimulatorModel:
     """
 
     latent_dim = 1
-    max_context = 1
+    max_context = 2  # which a hazard head looks at; the dynamics need none
 
     def __init__(
         self, encoder: Encoder, env: envs.PandaEnv, frames: Literal["all", "last"] = "all", model: WorldModel | None = None

@@ -8,6 +8,7 @@ multiplied. All ratios are within the one run. --out gets speed.json and a plot 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.commands import bench
+from worldmodel.commands import bench, workers
 from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
 from worldmodel.commands.throughput import MANY, collecting, counted, several, training
 
@@ -70,13 +71,21 @@ class Config:
 
 def run(config: Config) -> dict:
     """Time everything, and write it where --out says so."""
+    with contextlib.nullcontext() if config.out is None else workers.fresh(config.out, "speed") as folder:
+        result = _timed(config)
+        if folder is not None:
+            _write(folder, result)
+            result["out"] = str(folder)
+    return result
+
+
+def _timed(config: Config) -> dict:
+    """Time everything."""
     import torch
 
     from worldmodel.commands.policies import Player
     from worldmodel.predictor import Predictor
 
-    if config.out is not None and config.out.exists() and any(config.out.iterdir()):
-        raise FileExistsError(f"{config.out} is not empty; choose another --out")
     torch.set_num_threads(config.threads)
     budget = {name: getattr(config, name) for name in ("samples", "iterations", "horizon")}
     played = bench.resolved(bench.Config(out=Path("."), model=config.model, seed=config.seed, threads=config.threads, **budget))
@@ -99,9 +108,6 @@ def run(config: Config) -> dict:
             result |= step()
     player.close()
     _add_ratios(result)
-    if config.out is not None:
-        _write(config.out, result)
-        result["out"] = str(config.out)
     return result
 
 
@@ -262,7 +268,6 @@ def _add_ratios(result: dict) -> None:
 def _write(folder: Path, result: dict) -> None:
     from worldmodel.data import replacing
 
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "speed.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     if "growth" in result:

@@ -12,7 +12,7 @@ from worldmodel import data
 from worldmodel.commands import cli
 
 SUITES = cli.ROOT / "assets" / "suites"
-TAKEN = ("out", "workers", "threads", "seed", "suite")  # fields of the config that rows take over
+TAKEN = ("out", "workers", "threads", "seed", "suite")  # fields of the config that hold for all rows
 
 
 def run(config, bench: ModuleType) -> dict:
@@ -68,8 +68,12 @@ def table(rows: list[str], results: list[dict]) -> str:
 
 
 def parsed(row: str, out: Path, bench: ModuleType):
-    """The config of a row that writes to a folder."""
+    """The config of a row that writes to a folder. Raises ValueError where it says what holds for all rows, or plays no episodes."""
     words = shlex.split(row)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in (*TAKEN, "trajectory"):
+            raise ValueError(f"the row {row!r} has --{name}: expected episodes to play; --{', --'.join(TAKEN[:-1])} stand beside --suite")
     shared, rest = cli.shared_flags(words)
     return cli.parse("bench", bench, [*rest, "--out", str(out)], shared.preset)
 

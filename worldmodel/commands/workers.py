@@ -56,6 +56,15 @@ def owned(folder: Path, command: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def fresh(folder: Path, command: str) -> Iterator[Path]:
+    """The same of a folder in which nothing is yet. Raises FileExistsError where there is something, too."""
+    with owned(folder, command):
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty; choose another --out")
+        yield folder
+
+
+@contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     """An environment variable that processes started inside inherit."""
     before = os.environ.get(name)
@@ -77,7 +86,7 @@ def result(future: Future):
     try:
         return future.result()
     except (ValueError, FileNotFoundError) as error:
-        files = re.findall(r'File "(.+?)", line', str(error.__cause__))  # of the worker's traceback
-        if files and files[-1].startswith(cli.OURS):
+        frames = re.findall(r'File "(.+?)", line.*\n(?= *(\w*))', str(error.__cause__))  # of the worker's traceback
+        if frames and cli.noticed(*frames[-1]):
             raise type(error)(str(error)) from error
         raise

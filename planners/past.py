@@ -1,0 +1,100 @@
+"""What an agent has seen of its episode: the context that a model imagines from, and what tells that a camera stands still."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldmodel.interface import Context, Features, Obs, WorldModel, held_after
+
+MOVES = 0.1  # of an action: a robot that is told more shows in a picture
+
+
+class Past:
+    """The last pictures of an episode as features, and what ran between them.
+
+    `now` are the last one's features, `pixels` itself; `still` counts pictures that stayed the same to the bit although the
+    robot was told to move. `readings` is how many of the last pictures tell what `model.read` is off.
+    """
+
+    now: Features
+    pixels: np.ndarray | None = None
+    still = 0
+
+    def __init__(self, model: WorldModel, readings: int) -> None:
+        self._model, self._readings = model, readings
+        self._features: deque[Features] = deque(maxlen=model.max_context)  # each patches [P, D], proprio [S]
+        self._actions: deque[Tensor] = deque(maxlen=model.max_context)
+        self._held: Tensor | None = None
+        self._off: deque[Tensor] = deque(maxlen=readings)  # each [S]
+
+    def take_in(self, obs: Obs, ran: np.ndarray) -> None:
+        """An observation as `checked`, and the action [A] that ran before it, which of the first one counts for nothing."""
+        self._notice(obs["pixels"], ran)
+        if self._features:
+            self._actions.append(torch.from_numpy(ran))
+            before = self.now.proprio
+            if before is not None:
+                self._held = held_after(self._held, before[None], self._actions[-1][None].to(before))
+        self.now = self._model.encode(obs)
+        self._features.append(self.now)
+        if self._readings and "proprio" in obs and hasattr(self._model, "read"):
+            read = self._model.read(self.now.patches)
+            if read is not None:
+                self._off.append(self.now.proprio - read)
+
+    @property
+    def off(self) -> Tensor | None:
+        """What readings of proprioception [S] are off now, where the truth is known; None where none is."""
+        return torch.stack(list(self._off)).median(0).values if self._off else None
+
+    def context(self, under_way: Sequence[np.ndarray] = ()) -> Context:
+        """The context of one problem; it ends where actions under way, each [A], will have led, as imagined."""
+        patches = torch.stack([f.patches for f in self._features])[None]  # [1, T, P, D]
+        known = all(f.proprio is not None for f in self._features)
+        proprio = torch.stack([f.proprio for f in self._features])[None] if known else None
+        past = list(self._actions)[-(len(self._features) - 1) :] if len(self._features) > 1 else []
+        actions = torch.stack(past)[None] if past else torch.zeros(1, 0, self._model.action_dim)
+        context = Context(Features(patches, proprio), actions.to(patches), self._held)
+        return self._ahead_of(context, torch.from_numpy(np.stack(under_way))[None].to(patches)) if under_way else context
+
+    def _ahead_of(self, context: Context, actions: Tensor) -> Context:
+        """A context that ends where actions [1, n, A] will have led."""
+        n = actions.shape[1]
+        imagined = self._model.rollout(context, actions[:, None], self._model.sample_z((1, 1, 1, n), None))
+        pairs = zip(context.features, imagined)
+        features = Features(*(None if now is None or later is None else torch.cat((now, later[:, 0, 0].to(now)), 1) for now, later in pairs))
+        held, places = context.held, () if features.proprio is None else features.proprio[:, -1 - n :].unbind(1)
+        for place, action in zip(places, actions.unbind(1)):
+            held = held_after(held, place, action)
+        return Context(features, torch.cat((context.actions, actions), 1), held)
+
+    def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
+        """Count pictures that stay the same; a hold tells nothing."""
+        if self.pixels is None or not np.array_equal(pixels, self.pixels):
+            self.still = 0
+        elif np.abs(ran).max() > MOVES:
+            self.still += 1
+        self.pixels = pixels.copy()
+
+
+def checked(obs: Obs, what: str, shape: tuple[int, ...] | None) -> dict[str, np.ndarray]:
+    """What a model may see of an observation; raises ValueError where that is not as expected."""
+    if not hasattr(obs, "keys") or "pixels" not in obs:
+        raise ValueError(f"expected a {what} with 'pixels' uint8 [h, w, 3], got {type(obs).__name__}; render it")
+    pixels = np.asarray(obs["pixels"])
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"expected pixels of the {what} as uint8 in 0..255, got {pixels.dtype}; convert them")
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.shape != (shape or pixels.shape):
+        wanted = "[h, w, 3]" if shape is None else f"{list(shape)} as of the first goal"
+        raise ValueError(f"expected pixels of the {what} of shape {wanted}, got {list(pixels.shape)}; render all at one size")
+    if obs.get("proprio") is None:
+        return {"pixels": pixels}
+    proprio = np.asarray(obs["proprio"], np.float32)
+    if proprio.ndim != 1 or not np.isfinite(proprio).all():
+        raise ValueError(f"expected proprio of the {what} as finite numbers [S], got {proprio}; leave it out if unknown")
+    return {"pixels": pixels, "proprio": proprio}
