@@ -72,22 +72,26 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
     Raises ValueError where there is none, or it does not fit.
     """
     words, ready = dict(_word(word) for word in config.kwargs), config.ready
-    try:
-        if ready is None:
-            env = gym.make(config.id, **{"render_mode": "rgb_array", "max_episode_steps": -1, **words})
-            return adapt(env, config, image_size, max_steps, stop_on_success=stop_on_success, goals=goals)
+    if ready is None:
+        id, kwargs = config.id, {"render_mode": "rgb_array", "max_episode_steps": -1, **words}
+    else:
         extra = {} if goals else ready.to_collect or {}
-        env = gym.make(f"{ready.module}:{config.id.rpartition(':')[2]}", **{**ready.kwargs, **extra, **words})
-        env = ready.wrap(env, config.least)
-        return adapt(
-            env, config, image_size, max_steps, proprio=ready.proprio, goal=lambda env, obs, info: env.goals(info),
-            stop_on_success=stop_on_success, goals=goals,
-        )  # fmt: skip
+        id, kwargs = f"{ready.module}:{config.id.rpartition(':')[2]}", {**ready.kwargs, **extra, **words}
+    try:
+        env = gym.make(id, **kwargs)
     except ModuleNotFoundError as error:
         remedy = ".venv/bin/pip install -c constraints.txt -e '.[peers]'"
         raise ValueError(f"cannot make {config.id!r} ({error}); if it is of the extra peers: {remedy}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
+    own: dict[str, Any] = {"stop_on_success": stop_on_success, "goals": goals}
+    try:
+        if ready is not None:
+            env, own["proprio"], own["goal"] = ready.wrap(env, config.least), ready.proprio, lambda env, obs, info: env.goals(info)
+        return adapt(env, config, image_size, max_steps, **own)
+    except BaseException:
+        env.close()
+        raise
 
 
 def _word(word: str) -> tuple[str, Any]:
@@ -136,6 +140,8 @@ class Adapted(gym.Env):
         self.env, self.config, self.image_size, self.max_steps = env, config, image_size, max_steps
         self._proprio_of, self._goal_of, self._success_of, self._unsafe_of = proprio, goal, success, unsafe
         self._stops, self._goals = stop_on_success, goals
+        self._subgoals: list[dict[str, np.ndarray]] = []
+        self._steps: int | None = None  # of the episode
         space = env.action_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise ValueError(
@@ -145,6 +151,7 @@ class Adapted(gym.Env):
             raise ValueError(f"the action space {space} has no bounds; wrap the environment in gymnasium.wrappers.RescaleAction or clip it")
         self._low, self._high = space.low.astype(np.float64), space.high.astype(np.float64)
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
+        self._draw_here()
         first, _ = env.reset(seed=0)
         seen = self._observe(first)
         self.observation_space = gym.spaces.Dict(
@@ -164,22 +171,31 @@ class Adapted(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Start the episode of a seed, with its goal."""
         super().reset(seed=seed)
+        self._draw_here()
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        self._subgoals = [self._draw_goal(seed)] if self._goals and self._goal_of is None else []
+        self._subgoals = [self._draw_goal(seed, options)] if self._goals and self._goal_of is None else []
         obs, info = self.env.reset(seed=seed, options=options)
         if self._goals and self._goal_of is not None:
             made = self._goal_of if isinstance(self._goal_of, Mapping) else self._goal_of(self.env, obs, info)
             self._subgoals = [self._as_goal(one) for one in ([made] if isinstance(made, Mapping) else made)]
+            if not self._subgoals:
+                raise ValueError("the goal is an empty list: expected an observation, or sub-goals of which the last is the goal")
         self._steps = 0
         seen = self._observe(obs)
         return seen, self._info(seen, info, {})
 
     def step(self, action: np.ndarray):
-        """Run an action [A] in [-1, 1] for frame_skip steps. Raises ValueError where it is not finite, or of another shape."""
+        """Run an action [A] in [-1, 1] for frame_skip steps. Raises ValueError where it is not finite, or of another shape.
+
+        RuntimeError before `reset`.
+        """
+        if self._steps is None:
+            raise RuntimeError("the episode has not begun: call reset() before step()")
         action = np.asarray(action, float)
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise ValueError(f"action is {action}: expected {self.action_space.shape} finite numbers in [-1, 1]")
-        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1))
+        self._draw_here()
+        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1), self._unsafe_of)
         self._steps += 1
         seen = self._observe(obs)
         info = self._info(seen, info, unsafe)
@@ -188,6 +204,7 @@ class Adapted(gym.Env):
 
     def render(self) -> np.ndarray:
         """The picture uint8 [image_size, image_size, 3]."""
+        self._draw_here()
         return self._fit(self.env.render())
 
     def close(self) -> None:
@@ -199,40 +216,48 @@ class Adapted(gym.Env):
         at = list(self.config.judged) or slice(None)
         return float(np.linalg.norm(seen["proprio"][at] - goal["proprio"][at]))
 
-    def _repeat(self, action: np.ndarray) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
+    def _draw_here(self) -> None:
+        """Have the environment draw on its own canvas: Gymnasium's MuJoCo renderer draws, and reads, where the last of this process did."""
+        viewer = getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None)
+        if hasattr(viewer, "make_context_current"):
+            viewer.make_context_current()
+
+    def _repeat(self, action: np.ndarray, unsafe_of: Callable | None = None) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
         """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, terminated and truncated."""
-        theirs = (self._low + (action + 1) / 2 * (self._high - self._low)).astype(self.env.action_space.dtype)
+        theirs = self._low + (action + 1) / 2 * (self._high - self._low)
+        theirs = (np.rint(theirs) if self.env.action_space.dtype.kind in "iu" else theirs).astype(self.env.action_space.dtype)
         reward, success, unsafe = 0.0, False, {}
         for _ in range(self.config.frame_skip):
             obs, gain, terminated, truncated, info = self.env.step(theirs)
             reward += float(gain)
-            success |= any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
-            for event, value in (self._unsafe_of(obs, info) if self._unsafe_of else {}).items():
+            success |= _succeeds(info)
+            for event, value in (unsafe_of(obs, info) if unsafe_of else {}).items():
                 unsafe[event] = max(unsafe.get(event, -np.inf), float(value))
             if terminated or truncated:
                 break
         return obs, reward, {**info, "success": success}, unsafe, (bool(terminated), bool(truncated))
 
-    def _draw_goal(self, seed: int) -> dict[str, np.ndarray]:
-        """An observation that random actions lead to from the start of an episode, far enough from it."""
+    def _draw_goal(self, seed: int, options: dict[str, Any] | None) -> dict[str, np.ndarray]:
+        """An observation that random actions lead to from the start of an episode, far enough from it; none at which the episode would end."""
+        far = max(self.config.least, self.config.tolerance)
         for attempt in range(_TRIES):
-            obs, _ = self.env.reset(seed=seed)
+            obs, _ = self.env.reset(seed=seed, options=options)
             start = self._observe(obs, pixels=False)
             act = policy("play", self, np.random.default_rng((seed, 3, attempt)))
             for _ in range(self.config.goal_steps):
                 obs, *_, over = self._repeat(act({}))
                 if any(over):
                     break
-            if self.distance(self._observe(obs, pixels=False), start) >= max(self.config.least, self.config.tolerance):
-                return self._observe(obs)
+            else:
+                if self.distance(self._observe(obs, pixels=False), start) >= far:
+                    return self._observe(obs)
         raise ValueError(
-            f"no goal of {_TRIES} is {max(self.config.least, self.config.tolerance)} away from the start of seed {seed}; give more "
-            "goal_steps, or a smaller least or tolerance"
+            f"no goal of {_TRIES} is {far} away from the start of seed {seed}, with the episode still going on after {self.config.goal_steps} random "
+            "actions; give more goal_steps, or fewer where these end episodes, or a smaller least or tolerance"
         )
 
     def _info(self, seen: Obs, info: dict[str, Any], unsafe: dict[str, float]) -> dict[str, Any]:
-        own = any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
-        out = {**info, "unsafe": unsafe, "cost": float(len(unsafe)), "success": own}
+        out = {**info, "unsafe": unsafe, "cost": float(len(unsafe)), "success": _succeeds(info)}
         if not self._subgoals:
             return out
         subgoals = [{key: value.copy() for key, value in one.items()} for one in self._subgoals]
@@ -250,8 +275,12 @@ class Adapted(gym.Env):
 
     def _as_goal(self, made: Obs) -> dict[str, np.ndarray]:
         """A goal that somebody gave, as one of our observations."""
-        proprio = {"proprio": np.asarray(made["proprio"], np.float32)} if "proprio" in made else {}
-        return {"pixels": self._fit(made["pixels"]), **proprio}
+        goal = {"pixels": self._fit(made["pixels"])}
+        if "proprio" in made:
+            goal["proprio"], own = np.asarray(made["proprio"], np.float32), self.observation_space["proprio"].shape
+            if goal["proprio"].shape != own or not np.isfinite(goal["proprio"]).all():
+                raise ValueError(f"the goal's proprio is {made['proprio']}: expected {list(own)} finite numbers, as observations have; or leave it out")
+        return goal
 
     def _observe(self, obs: Any, pixels: bool = True) -> dict[str, np.ndarray]:
         seen = {"pixels": self._fit(self._picture(obs))} if pixels else {}
@@ -294,7 +323,7 @@ class Adapted(gym.Env):
             raise ValueError(f"expected a picture [h, w, 3], got {list(picture.shape)}; give one in colour")
         picture = picture[..., :3]
         if picture.dtype != np.uint8:
-            if picture.dtype.kind != "f" or picture.min() < 0 or picture.max() > 1:
+            if picture.dtype.kind != "f" or not (picture.min() >= 0 and picture.max() <= 1):  # NaN is neither
                 raise ValueError(
                     f"expected pixels uint8 in 0..255 or float in 0..1, got {picture.dtype} in {picture.min()}..{picture.max()}"
                 )
@@ -306,6 +335,11 @@ class Adapted(gym.Env):
         picture = picture[top : top + side, left : left + side]
         size = (self.image_size, self.image_size)
         return picture.copy() if side == self.image_size else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def _succeeds(info: Mapping[str, Any]) -> bool:
+    """Whether an environment says so, under any of the usual names."""
+    return any(bool(np.any(info.get(name, False))) for name in _SUCCESS)
 
 
 def policy(name: str, env: gym.Env, rng: np.random.Generator) -> Callable[[dict], np.ndarray]:

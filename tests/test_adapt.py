@@ -48,7 +48,7 @@ class Dot(gym.Env):
             return picture / 255.0
         if self.style == "first":
             return np.moveaxis(picture, 2, 0)
-        return {"uint8": picture, "none": None, "grey": picture[..., 0], "wide": 2.0 * picture}[self.style]
+        return {"uint8": picture, "none": None, "grey": picture[..., 0], "wide": 2.0 * picture, "nan": np.nan * picture}[self.style]
 
 
 CONFIG = Foreign(frame_skip=2, proprio=(1, 2), goal_steps=10, tolerance=0.05, least=0.1)
@@ -97,9 +97,81 @@ def test_what_a_user_may_say():
     assert over
     with pytest.raises(ValueError, match="the goal has no proprio, by whose distance a tolerance judges"):
         envs.adapt(Dot(), CONFIG, image_size=20, goal={"pixels": picture}).reset(seed=0)
-    told = envs.adapt(Dot(tells=True), image_size=20, goal=lambda env, obs, info: {"pixels": picture, "proprio": obs[:1]})
+    told = envs.adapt(Dot(tells=True), image_size=20, goal=lambda env, obs, info: {"pixels": picture, "proprio": obs})
     told.reset(seed=0)
     assert [told.step(np.zeros(2))[-1]["success"] for _ in range(5)] == [False] * 3 + [True] * 2
+
+
+class Cliff(Dot):
+    """Ends where the dot comes to the upper half; starts where options say; counts what is watched."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = np.array((options or {}).get("at", self.at), float)
+        return self._seen(), {}
+
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, bool(self.at[0] > 0.8), False, info
+
+
+def test_goals_lie_where_an_episode_goes_on_and_begin_where_it_does():
+    watched = []
+    env = envs.adapt(Cliff(), CONFIG, image_size=20, unsafe=lambda obs, info: watched.append(obs) or {})
+    for seed in range(30):
+        _, info = env.reset(seed=seed)
+        assert info["goal"]["proprio"][0] <= 0.8
+    assert not watched  # of the way to a goal, which nobody goes
+    obs, info = env.reset(seed=0, options={"at": (0.1, 0.1)})
+    assert np.allclose(obs["proprio"], 0.1) and np.abs(info["goal"]["proprio"] - 0.1).max() <= 1.0
+    far = [np.abs(env.reset(seed=seed, options={"at": (-9.0, -9.0)})[1]["goal"]["proprio"]).min() for seed in range(3)]
+    assert min(far) == 0.0  # the square's border, where a dot from outside comes first
+    with pytest.raises(ValueError, match="fewer where these end episodes"):
+        env.reset(seed=0, options={"at": (0.9, 0.5)})
+
+
+def test_bad_goals_of_users_are_refused():
+    def reset_with(goal):
+        envs.adapt(Dot(), CONFIG, image_size=20, goal=lambda env, obs, info: goal).reset(seed=0)
+
+    picture = np.zeros((20, 20, 3), np.uint8)
+    for proprio in (np.zeros(1), np.zeros(3), np.array([0.0, np.nan])):
+        with pytest.raises(ValueError, match=r"expected \[2\] finite numbers"):
+            reset_with({"pixels": picture, "proprio": proprio})
+    with pytest.raises(ValueError, match="empty list"):
+        reset_with([])
+
+
+def test_whole_numbers_are_rounded_and_an_episode_begins_with_reset():
+    told = []
+
+    class Whole(Dot):
+        def step(self, action):
+            told.append(action)
+            return super().step(action)
+
+    env = envs.adapt(Whole(space=gym.spaces.Box(0, 10, (2,), np.int64)), CONFIG, image_size=20)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(2))
+    env.reset(seed=0)
+    env.step(np.array([0.99, -0.99]))
+    assert told[-1].tolist() == [10, 0] and told[-1].dtype == np.int64
+
+
+def test_each_environment_draws_on_its_own_canvas():
+    """Others that draw in the same process, or are closed, do not show."""
+    pytest.importorskip("imageio", reason="gymnasium's MuJoCo renderer needs the extra peers")
+    env = make(Foreign("Reacher-v5", frame_skip=2, proprio=(0, 1, 2, 3), tolerance=0.1, least=0.1), 48, 5)
+    alone = env.reset(seed=3)
+    other = envs.make(envs.EnvConfig(image_size=48))
+    other.reset(seed=3)
+    for closes in (False, True):
+        if closes:
+            other.close()
+        seen = env.reset(seed=3)
+        assert np.array_equal(seen[0]["pixels"], alone[0]["pixels"]) and np.array_equal(seen[1]["goal"]["pixels"], alone[1]["goal"]["pixels"])
+        assert env.render().std() > 3
+    env.close()
 
 
 @pytest.mark.parametrize("style", ["float", "first"])
@@ -113,6 +185,7 @@ def test_pictures_are_converted(style):
     [
         (lambda: Dot(style="none"), "no pixels.*AddRenderObservation"),
         (lambda: Dot(style="grey"), "no pixels"),
+        (lambda: Dot(style="nan"), "uint8 in 0..255 or float in 0..1, got float64 in nan..nan"),
         (lambda: Dot(style="wide"), "uint8 in 0..255 or float in 0..1, got float64"),
         (lambda: Dot(space=gym.spaces.Discrete(3)), "expected a Box"),
         (lambda: Dot(space=gym.spaces.Box(-np.inf, np.inf, (2,))), "has no bounds"),
