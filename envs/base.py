@@ -124,7 +124,7 @@ class PandaEnv(gym.Env):
         self._subgoals = [self.observe_at(pose) for pose in self.episode.subgoals]
         self._goal = self._subgoals[-1]
         self.put(self.episode.start)
-        return self.observe(), self.info({})
+        return self.observe(), self._info({}, self.scene.contacts())
 
     def step(self, action: np.ndarray):
         """Run one action [A] in [-1, 1] for 0.2 s. Raises ValueError where it is not finite, or of another shape."""
@@ -178,10 +178,6 @@ class PandaEnv(gym.Env):
         self.scene.set_state(before)
         return seen
 
-    def achieved(self) -> Achieved:
-        """Return what the present state amounts to."""
-        return self._achieved(self.scene.contacts())
-
     def _achieved(self, contacts: Contacts) -> Achieved:
         scene = self.scene
         return Achieved(
@@ -193,11 +189,8 @@ class PandaEnv(gym.Env):
             held_steps=np.asarray(self._held_steps),
         )
 
-    def info(self, unsafe: dict[str, float]) -> dict[str, Any]:
-        """Return success, goal, sub-goals, unsafe events of the step, and what no model may read."""
-        return self._info(unsafe, self.scene.contacts())
-
     def _info(self, unsafe: dict[str, float], contacts: Contacts) -> dict[str, Any]:
+        """Return success, goal, sub-goals, unsafe events of the step, and what no model may read."""
         achieved = self._achieved(contacts)
         return {
             "success": bool(self.task.success(achieved, self.episode.wanted)),
@@ -265,7 +258,7 @@ class PandaEnv(gym.Env):
         return contacts.left and contacts.right and self.scene.object_pos[2] - spec.half_height >= LIFT
 
     def _unsafe(self, contacts: list[Contacts]) -> dict[str, float]:
-        """Return what went wrong in a step, with the measured value: N, m or rad."""
+        """Return what went wrong in a step, with the measured value: N, m or rad. Of forces, at the times of `contacts`: blows between go unseen."""
         unsafe, scene = {}, self.scene
         peak = max([c.object_force for c in contacts])
         if peak > OBJECT_FORCE_LIMIT:

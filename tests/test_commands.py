@@ -309,9 +309,9 @@ def test_folder_with_something_else_is_left_alone(dataset, tmp_path, capfd):
 
 
 def test_two_collects_do_not_write_into_one_folder(dataset, capfd):
-    from worldmodel.commands import workers
+    from worldmodel import files
 
-    with workers.owned(dataset, "collect"):
+    with files.owned(dataset, "collect"):
         assert "another collect is writing" in refuse(capfd, "collect", "--preset", "debug", "--out", dataset)
 
 
@@ -474,6 +474,8 @@ def test_probe_tells_all_errors(encoder, tmp_path, capfd):
     for path, expected in damaged_weights(encoder, tmp_path).items():
         assert expected in refuse(capfd, "probe", "--preset", "debug", "--encoder", path)
     assert "frames is 0" in refuse(capfd, "probe", "--preset", "debug", "--frames", 0)
+    for seeds in ("--seed 5000 --test-seed 5000", "--seed 5000 --test-seed 4999 --test-frames 1000"):
+        assert "are among the" in refuse(capfd, "probe", "--preset", "debug", *seeds.split())
 
 
 # Bench

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from worldmodel import data
+from worldmodel import data, files
 
 COMMAND = "worldmodel collect --episodes 8"
 
@@ -73,6 +74,10 @@ def test_bad_arrays_are_refused_and_leave_no_file(tmp_path, key):
     [
         (lambda e: e.pop("actions"), "the episode has no actions; expected pixels, proprio, actions"),
         (lambda e: e.update(pixels=e["pixels"] / 255), "pixels are float64 .* expected uint8"),
+        (lambda e: e.update(proprio=np.float32(0)), "proprio is float32 .*, expected numbers .rows, S."),
+        (lambda e: e.update(actions=e["actions"][:, 0]), "expected numbers .rows, A."),
+        (lambda e: e.update(proprio=e["proprio"].astype(object)), "proprio is of object, expected real numbers"),
+        (lambda e: e.update(other=np.complex64(1)), "other is of complex64"),
         (lambda e: e.update(actions=50 * np.ones_like(e["actions"])), "actions reach 50, expected -1 to 1; divide them"),
     ],
 )
@@ -86,24 +91,24 @@ def test_recordings_of_another_kind_are_refused(tmp_path, change, told):
 
 def test_writer_killed_in_the_middle_leaves_only_a_leftover(tmp_path):
     code = (
-        "import os, pathlib, sys; from worldmodel import data\n"
-        "with data.replacing(pathlib.Path(sys.argv[1])) as file:\n"
+        "import os, pathlib, sys; from worldmodel import files\n"
+        "with files.replacing(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], check=False)
     assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
     lives = tmp_path / f".features.{os.getpid()}.tmp"
     lives.touch()
-    data.remove_leftovers(tmp_path, shared=True)
+    files.remove_leftovers(tmp_path, shared=True)
     assert list(tmp_path.iterdir()) == [lives]
-    data.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_failed_writer_leaves_what_was_there(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), data.replacing(path) as file:
+    with pytest.raises(RuntimeError), files.replacing(path) as file:
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
@@ -197,6 +202,23 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path, folder):
     other = make_dataset(tmp_path / "other", size=24)
     with pytest.raises(ValueError, match=r"pixels is \[24, 24, 3\] per frame, expected \[16, 16, 3\]"):
         data.Dataset.open([folder, other]).load()
+    with pytest.raises(ValueError, match="is named twice"):
+        data.Dataset.open([folder, other, folder / ".." / folder.name])
+    whole = make_dataset(tmp_path / "whole")
+    episode = dict(make_episode(0))
+    data.write_episode(data.episode_path(whole, 0), episode | {"proprio": episode["proprio"].astype(int)})
+    data.write_recipe(whole, "test", {}, 8, [data.checksum(data.episode_path(whole, i)) for i in range(8)])
+    with pytest.raises(ValueError, match="proprio is float32, expected int64"):
+        data.Dataset.open(whole).load()
+
+
+def test_what_the_system_refuses_is_no_damage(folder, monkeypatch):
+    def refused(*args):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(data.zipfile, "ZipFile", refused)
+    with pytest.raises(OSError, match="too many open files"):
+        data.check_episode(data.episode_path(folder, 0))
 
 
 def test_split_is_by_episode_and_of_every_folder(tmp_path, folder):

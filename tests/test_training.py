@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel import training
+from worldmodel import files, training
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.data import Dataset, Frames, checksum, episode_path, read_episode, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
@@ -175,6 +175,32 @@ def test_folders_and_settings_are_guarded(data, tmp_path):
         pretrain(recipe(rate=0.1), data, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="unknown masks"):
         recipe(masks=("tubes",))
+    for changes in ({"masks": ()}, {"image_masks": ("future",)}, {"image_share": 3.0}, {"ema": (2.0, 2.0)}):
+        with pytest.raises(ValueError, match="expected"):
+            recipe(**changes)
+    assert recipe(masks=(), image_share=1.0).masks == () and recipe(image_masks=("future",), image_share=0.0).image_share == 0
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".checkpoint.safetensors.1.tmp").touch()
+    assert pretrain(recipe(), data, killed) is not None and not list(killed.glob("*.tmp"))
+    (killed / "checkpoint.safetensors").unlink()
+    with pytest.raises(FileExistsError, match="add --resume"):
+        pretrain(recipe(), data, killed)
+
+
+def test_two_trainings_do_not_share_a_folder(data, tmp_path):
+    pretrain(recipe(), data, tmp_path / "run", minutes=1e-9)
+    with files.owned(tmp_path / "run", "pretraining"), pytest.raises(FileExistsError, match="another pretraining is writing"):
+        pretrain(recipe(), data, tmp_path / "run", resume=True)
+    assert pretrain(recipe(), data, tmp_path / "run", resume=True) is not None
+
+
+@pytest.mark.parametrize("steps", [5, 40])
+def test_a_training_that_diverges_fails_loudly(data, tmp_path, steps):
+    config = TrainConfig(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=steps, transitions=3, rate=float("inf"))
+    with pytest.raises(RuntimeError, match="diverged: loss is nan at step"):
+        train(config, VideoEncoder(TINY), data, tmp_path / "run", tmp_path / "cache")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_training_resumes_bit_exactly_and_learns_something(data, tmp_path):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from worldmodel.data import replacing
+from worldmodel.files import replacing
 
 FORMAT = "worldmodel-1"
 MAKERS = {"encoder": "pretrain", "model": "train", "calibration": "calibrate"}  # commands

@@ -15,12 +15,12 @@ npz keeps a CRC of every member, which is how damage is found.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
-import shutil
 import struct
 import zipfile
 import zlib
@@ -28,52 +28,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
+from worldmodel.files import replacing
+
 FORMAT = 1
 KEYS = ("pixels", "proprio", "actions")
+NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # says nothing of a file's content
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` once it is complete and on disk, and leaves nothing otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether a killed writer has left this file behind."""
-    return path.name.startswith(".") and path.suffix == ".tmp"
-
-
-def remove_leftovers(folder: Path, shared: bool = False) -> None:
-    """Delete what killed writers have left behind in `folder`; in a shared one, what a living process may be writing stays."""
-    for path in filter(is_leftover, folder.iterdir()):
-        writer = path.name.split(".")[-2]
-        if not (shared and writer.isdigit() and _lives(int(writer))):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 # Episodes
@@ -94,6 +59,11 @@ def write_episode(path: Path, episode: Mapping[str, np.ndarray]) -> None:
     if missing := [key for key in KEYS if key not in arrays]:
         raise ValueError(f"{path}: the episode has no {', '.join(missing)}; expected {', '.join(KEYS)}")
     pixels, actions = arrays["pixels"], arrays["actions"]
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biufUS":
+            raise ValueError(f"{path}: {key} is of {array.dtype}, expected real numbers, or a text")
+        if key in ("proprio", "actions") and (array.ndim != 2 or array.dtype.kind not in "iuf"):
+            raise ValueError(f"{path}: {key} is {array.dtype} {list(array.shape)}, expected numbers [rows, {'A' if key == 'actions' else 'S'}]")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"{path}: pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [T + 1, h, w, 3] from 0 to 255")
     if actions.size and np.abs(actions).max() > 1 + 1e-6:
@@ -158,14 +128,15 @@ def _count_frames(archive: zipfile.ZipFile) -> int:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive of an episode; what goes wrong inside is damage, said with the file and the remedy."""
-    remedy = f"mend it with: {_command_of(path.parent)}"
     if not path.exists():
-        raise FileNotFoundError(f"episode {path} is missing; {remedy}")
+        raise FileNotFoundError(f"episode {path} is missing; mend it with: {_command_of(path.parent)}")
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"episode {path} is damaged ({error}); {remedy}") from error
+        if isinstance(error, OSError) and error.errno in NOT_DAMAGE:
+            raise
+        raise ValueError(f"episode {path} is damaged ({error}); mend it with: {_command_of(path.parent)}") from error
 
 
 # Datasets
@@ -241,8 +212,11 @@ class Dataset:
         folders = [folders] if isinstance(folders, (str, Path)) else folders
         if not folders:
             raise ValueError("no dataset named; expected at least one folder that worldmodel collect has made")
-        recipes, episodes = [], []
+        recipes, episodes, known = [], [], set()
         for folder in map(Path, folders):
+            if folder.resolve() in known:
+                raise ValueError(f"{folder} is named twice: what is held out of it would be trained on; name each folder once")
+            known.add(folder.resolve())
             recipes.append(read_recipe(folder))
             episodes.extend(_episodes_of(folder, recipes[-1]))
         return cls(tuple(episodes), tuple(recipes))
@@ -292,6 +266,10 @@ class Dataset:
                     raise ValueError(
                         f"{episode.path}: {key} is {list(array.shape[1:])} per frame, expected "
                         f"{list(arrays[key].shape[1:])} as in {episodes[0].path}; collect both with one configuration"
+                    )
+                if not np.can_cast(array.dtype, arrays[key].dtype, "same_kind"):
+                    raise ValueError(
+                        f"{episode.path}: {key} is {array.dtype}, expected {arrays[key].dtype} as in {episodes[0].path}; write both alike"
                     )
                 arrays[key][start : start + episode.frames - (key == "actions")] = array
         return Frames(arrays, offsets, episodes)

@@ -139,7 +139,7 @@ def fit_policy(
     for step in run:
         rate = set_rate(optimizer, config.rate, step, config.steps)
         losses = advance(*drawn(frames, features, config.batch, np.random.default_rng([config.seed, step]), free))
-        if step % 20 == 0:
+        if run.tells:
             run.log(rate=rate, loss=float(losses["loss"]))
         if step % 500 == 499:
             run.log(held_out=held_out())

@@ -192,13 +192,12 @@ class LatentModel(nn.Module):
 
         It is made anew after all weights were exchanged, moved, cast, or any were changed in place, not where one was exchanged.
         """
-        if not isinstance(self.predictor, Predictor):
-            return None
         known, first = self._copy, next(self.predictor.parameters())
         if known is None or known.parameters[0] is not first or known.version != _version(known.parameters):
             own = list(self.predictor.parameters())
             dtype = torch.bfloat16 if fast_in_bfloat16(first.device) else first.dtype
-            self._copy = known = Twin(own, _version(own), Imaginer(self.predictor, dtype))
+            imaginer = Imaginer(self.predictor, dtype) if isinstance(self.predictor, Predictor) else None
+            self._copy = known = Twin(own, _version(own), imaginer)
             self._remembered.clear()
         return known.imaginer
 
@@ -230,7 +229,7 @@ class Twin(NamedTuple):
 
     parameters: list[nn.Parameter]  # of the original; to list them takes as long as to use some
     version: tuple
-    imaginer: Imaginer
+    imaginer: Imaginer | None  # of a predictor of ours
 
 
 def _version(parameters: list[nn.Parameter]) -> tuple:

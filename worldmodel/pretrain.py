@@ -83,6 +83,13 @@ class PretrainConfig:
         unknown = set(self.masks + self.image_masks) - KINDS.keys()
         if unknown:
             raise ValueError(f"unknown masks {sorted(unknown)}; known: {sorted(KINDS)}")
+        if not 0 <= self.image_share <= 1 or not all(0 <= share <= 1 for share in self.ema):
+            raise ValueError(f"image_share is {self.image_share} and ema {self.ema}: expected 0 to 1")
+        clips, pictures = self.frames > 1 and self.image_share < 1, self.frames == 1 or self.image_share > 0
+        if clips and not self.masks or pictures and (not self.image_masks or "future" in self.image_masks):
+            raise ValueError(
+                f"masks is {self.masks} and image_masks {self.image_masks}: expected at least one for what is trained on, and not 'future' of a single frame"
+            )
         if "open" in self.masks + self.image_masks and not self.visible_weight:
             raise ValueError("the mask 'open' hides nothing: it needs a visible_weight above 0")
         tube = self.encoder.tubelet_size
@@ -298,7 +305,8 @@ def pretrain(
 ) -> Path | None:
     """Train and write `out/encoder.safetensors`; None when `minutes` ended first (resume to go on).
 
-    Raises RuntimeError when the features collapse (spread below 0.02 after the first tenth of the steps).
+    Raises RuntimeError when the loss is no number, or the features have collapsed: spread below 0.02, looked at every 500 steps
+    after the first tenth of them, and at the end.
     """
     frames = data.load(keys=("pixels",))
     model = Pretraining(config)
@@ -324,24 +332,31 @@ def pretrain(
         losses = advance(clips, *masks)
         first, last = config.ema
         model.follow(first + (last - first) * step / config.steps)
-        if step % 20 == 0:
+        if run.tells:
             mode = "image" if single else "video"
             run.log(rate=rate, **{f"{mode}/{k}": float(v) for k, v in losses.items()})
         if step % 500 == 0:
             signs = health(model.result(), shown)
             run.log(**signs)
-            if step > config.steps / 10 and signs["spread"] < 0.02:
-                run.save()
-                raise RuntimeError(
-                    f"the features collapsed: spread {signs['spread']:.4f} over the frames at each position (below "
-                    f"0.02), effective rank {signs['rank']:.1f}; use more varied data, a pixel_weight, or another target"
-                )
+            if step > config.steps / 10:
+                _check_spread(signs)
     if not run.done:
         return None
+    signs = health(model.result(), shown)
+    _check_spread(signs)
     path = out / "encoder.safetensors"
-    about = {"recipe": _plain(config, data), "minutes": round(run.seconds / 60, 1), **health(model.result(), shown)}
+    about = {"recipe": _plain(config, data), "minutes": round(run.seconds / 60, 1), **signs}
     save_encoder(path, model.result().cpu(), about)
     return path
+
+
+def _check_spread(signs: dict[str, float]) -> None:
+    """Raise RuntimeError where features hardly differ from frame to frame."""
+    if signs["spread"] < 0.02:
+        raise RuntimeError(
+            f"the features collapsed: spread {signs['spread']:.4f} over the frames at each position (below 0.02), effective rank "
+            f"{signs['rank']:.1f}; use more varied data, a pixel_weight, or another target"
+        )
 
 
 def _plain(config: PretrainConfig, data: Dataset) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from worldmodel.checkpoint import fill, load_tensors, save_tensors
-from worldmodel.data import replacing
 from worldmodel.encoder import autocast, keep_memory
+from worldmodel.files import is_leftover, owned, remove_leftovers, replacing
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 180.0  # seconds between checkpoints
@@ -32,8 +33,8 @@ class Run:
     TensorBoard curves. All randomness of a step must derive from (seed, step): then a resumed run is bit-equal.
     `minutes` ends the call early, with a checkpoint to resume from; it does not touch the schedule.
 
-    Raises FileExistsError when the folder holds a run and `resume` is False, ValueError when it holds one of
-    another config.
+    Raises FileExistsError when the folder holds a run and `resume` is False, or, once it begins, where another process
+    trains there; ValueError when it holds one of another config; RuntimeError where a loss that is logged is no number.
     """
 
     def __init__(
@@ -47,19 +48,31 @@ class Run:
             if not resume:
                 raise FileExistsError(f"{out} holds a run already; add --resume to go on with it or choose another --out")
             self._restore()
-        elif out.exists() and any(out.iterdir()) and not (resume and (out / "metrics.jsonl").exists()):
-            raise FileExistsError(f"{out} is not empty and holds no checkpoint; choose another --out")
+        elif out.exists() and (found := {path.name for path in out.iterdir() if not is_leftover(path)}):
+            begun = "metrics.jsonl" in found
+            if not (begun and resume):
+                remedy = "add --resume to begin it anew" if begun else "choose another --out"
+                raise FileExistsError(f"{out} is not empty and holds no checkpoint; {remedy}")
 
     @property
     def done(self) -> bool:
         """Whether the last step has been trained."""
         return self.step >= self.steps
 
+    @property
+    def tells(self) -> bool:
+        """Whether the present step's losses are to be logged: every 20th's, and the last one's."""
+        return self.step % 20 == 0 or self.step == self.steps - 1
+
     def __iter__(self) -> Iterator[int]:
+        with owned(self.out, self.kind) as folder:
+            remove_leftovers(folder)
+            yield from self._trained()
+
+    def _trained(self) -> Iterator[int]:
         from torch.utils.tensorboard import SummaryWriter
 
         keep_memory()
-        self.out.mkdir(parents=True, exist_ok=True)
         if not self.step:
             self._forget()  # of a run that was killed before its first checkpoint
         self._writer = SummaryWriter(self.out / "curves", purge_step=self.step)
@@ -82,7 +95,9 @@ class Run:
         bar.close()
 
     def log(self, **values: float) -> None:
-        """Record scalars of this step in metrics.jsonl and TensorBoard."""
+        """Record scalars of this step in metrics.jsonl and TensorBoard; those named loss, or .../loss, must be numbers."""
+        if wrong := [name for name, value in values.items() if name.rpartition("/")[2] == "loss" and not math.isfinite(value)]:
+            raise RuntimeError(f"the {self.kind} diverged: {wrong[0]} is {values[wrong[0]]} at step {self.step}; use a lower rate, or look at the data")
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 3), **values}) + "\n")
         for name, value in values.items():

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
-from worldmodel import data
+from worldmodel import data, files
 from worldmodel.commands import abstention, cli, suite, workers
 from worldmodel.commands.collect import Level, Task, as_data
 
@@ -204,11 +204,11 @@ def run(config: Config) -> dict:
     given, config = config, resolved(config)
     player = Player(config)
     player.begin(config.seed)  # notices what is wrong before anything is written
-    with workers.owned(config.out, "bench") as folder:
+    with files.owned(config.out, "bench") as folder:
         log = Log.open(folder / "episodes.jsonl", _identity(config))
         if config.record:
             (folder / "data").mkdir(exist_ok=True)
-            data.remove_leftovers(folder / "data")
+            files.remove_leftovers(folder / "data")
         seeds = range(config.seed, config.seed + config.episodes)
         missing = [seed for seed in seeds if seed not in log.episodes or config.record and not _recorded(config, seed)]
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc=f"bench {config.policy}", unit="episode")
@@ -225,7 +225,7 @@ def run(config: Config) -> dict:
             checksums = [data.checksum(_path(config, seed)) for seed in seeds]
             recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
             data.write_recipe(folder / "data", _command(given), recipe, config.episodes, checksums, out="..")
-        with data.replacing(folder / "results.json") as file:
+        with files.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())
         if config.gate != "off":
             abstention.plot(episodes, folder / "risk.png")
@@ -259,7 +259,7 @@ def _offline(config: Config) -> dict:
     budget["elites"] = config.elites or min(elites, budget["samples"])
     meta = world.latent_dim == 0
     planner = SamplingPlanner(dataclasses.replace(VJEPA2_AC if meta else SamplingConfig(gripper="gaussian"), **budget))
-    with workers.fresh(config.out, "bench") as folder:
+    with files.fresh(config.out, "bench") as folder:
         steps = energy.offline(world, pixels, states, planner, config.seed)
         errors, still = ([step[key] for step in steps] for key in ("error_mm", "no_motion_error_mm"))
         summary = {
@@ -267,7 +267,7 @@ def _offline(config: Config) -> dict:
             "no_motion_error_mm": float(np.median(still)), "seconds": float(np.median([step["seconds"] for step in steps])),
             "out": str(config.out),
         }  # fmt: skip
-        with data.replacing(folder / "results.json") as file:
+        with files.replacing(folder / "results.json") as file:
             file.write(json.dumps({"config": {**budget, "seed": config.seed}, "steps": steps, "summary": summary}, indent=1).encode())
     return summary
 
@@ -422,7 +422,7 @@ class Log:
     def open(cls, path: Path, identity: dict) -> Log:
         """Start a log, or go on with that of the same run; raises FileExistsError where the folder holds something else."""
         folder = path.parent
-        data.remove_leftovers(folder)
+        files.remove_leftovers(folder)
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
         if not lines:
             if others := sorted(p.name for p in folder.iterdir() if p != path):

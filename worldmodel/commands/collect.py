@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.foreign import Foreign
-from worldmodel import data
+from worldmodel import data, files
 from worldmodel.commands import cli, workers
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def run(config: Config) -> dict:
     start, steps = time.perf_counter(), 0
     _refuse_another(config)
     count = min(config.workers, config.episodes)
-    with workers.pool(count, 1, _try_out, config) as pool, workers.owned(config.out, "collect") as folder:
+    with workers.pool(count, 1, _try_out, config) as pool, files.owned(config.out, "collect") as folder:
         _refuse_another(config)  # who held the folder until now may have written there
         _begin(config, folder)
         missing = _missing(config, folder)
@@ -144,7 +144,7 @@ def _refuse_another(config: Config) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; choose another --out")
     if not (folder / "dataset.json").exists():
-        if others := sorted(path.name for path in folder.iterdir() if not data.is_leftover(path)):
+        if others := sorted(path.name for path in folder.iterdir() if not files.is_leftover(path)):
             raise FileExistsError(f"{folder} holds {others[0]}, which is not of a dataset; choose another --out")
         return
     recipe = data.read_recipe(folder)
@@ -158,7 +158,7 @@ def _refuse_another(config: Config) -> None:
 
 def _begin(config: Config, folder: Path) -> None:
     """Remove what a killed collect has left, and write the recipe where there is none."""
-    data.remove_leftovers(folder)
+    files.remove_leftovers(folder)
     if not (folder / "dataset.json").exists():
         data.write_recipe(folder, _command(config), _recipe(config), config.episodes)
 

@@ -89,7 +89,7 @@ def run(config: Config) -> dict:
 
     from planners.sampling import VJEPA2_AC, SamplingPlanner
     from worldmodel import hub
-    from worldmodel.commands import workers
+    from worldmodel import files
     from worldmodel.model import shipped
     from worldmodel.vjepa2_ac import change
 
@@ -102,7 +102,7 @@ def run(config: Config) -> dict:
         raise ValueError(f"{config.model} is an encoder, expected a model")
     scale = metres(world)
     wanted = change(*torch.from_numpy(states[config.step : config.step + 2])).numpy()
-    with workers.fresh(config.out, "energy") as folder:
+    with files.fresh(config.out, "energy") as folder:
         start = time.perf_counter()
         cost = cost_of(world, pixels, states, config.step, config.chunk)
         encoded = time.perf_counter() - start

@@ -66,7 +66,7 @@ def run(config: Config) -> dict:
 
     from worldmodel import model
     from worldmodel.commands import branching, dynamics, landscape
-    from worldmodel.data import replacing
+    from worldmodel.files import replacing
     from worldmodel.model import shipped
 
     torch.set_num_threads(config.threads)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from worldmodel import data
+from worldmodel import files
 
 CAPTION = 18  # pixels
 PANEL = 192  # pixels, height of a panel
@@ -32,7 +32,7 @@ def write_film(path: Path, film: Film, fps: float = 5.0) -> None:
 
     first, *others = [Image.fromarray(draw(film, t)) for t in range(len(film.frames))]
     moving = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
-    with data.replacing(path) as file:
+    with files.replacing(path) as file:
         first.save(file, "WEBP", quality=80, **moving)
 
 

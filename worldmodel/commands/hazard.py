@@ -44,7 +44,7 @@ def run(config: Config) -> dict:
     import torch
 
     from worldmodel import model
-    from worldmodel.commands import workers
+    from worldmodel import files
     from worldmodel.data import Dataset
     from worldmodel.encoder import usable
     from worldmodel.hazard import LABEL
@@ -59,7 +59,7 @@ def run(config: Config) -> dict:
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
     check_robot(frames["train"], world)
     cache = config.cache or config.data[0] / "features"
-    with workers.fresh(config.out, "hazard") as folder:
+    with files.fresh(config.out, "hazard") as folder:
         features = dict(zip(parts, placed_features(world.encoder, list(parts.values()), cache, device)))
         world.predictor.to(device)
         look = None if world.policy is None else world.policy.look

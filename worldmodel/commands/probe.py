@@ -58,8 +58,11 @@ class Config:
         for name in ("frames", "test_frames", "epochs", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.seed <= self.test_seed < self.seed + episodes_for(self.frames):
-            raise ValueError(f"test-seed {self.test_seed} is among the {episodes_for(self.frames)} training episodes from {self.seed} on")
+        trained, tested = (range(first, first + episodes_for(count)) for first, count in ((self.seed, self.frames), (self.test_seed, self.test_frames)))
+        if trained.start in tested or tested.start in trained:
+            raise ValueError(
+                f"the {len(tested)} test episodes from test-seed {self.test_seed} on are among the {len(trained)} training episodes from {self.seed} on"
+            )
 
 
 def frames_of(config: Config, folder: Path, seed: int, count: int, image_size: int = 96):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
-from worldmodel import data
+from worldmodel import data, files
 
 FORMATS = (".png", ".webp")
 
@@ -56,7 +56,7 @@ def run(config: Config) -> dict:
     from PIL import Image
 
     first, *others = map(Image.fromarray, images)
-    with data.replacing(config.out) as file:
+    with files.replacing(config.out) as file:
         if config.out.suffix == ".webp":
             moving = {"save_all": True, "append_images": others, "duration": round(1000 / config.fps), "loop": 0}
             first.save(file, "WEBP", quality=80, **moving)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from worldmodel.commands import bench, workers
+from worldmodel import files
+from worldmodel.commands import bench
 from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
 from worldmodel.commands.throughput import MANY, collecting, counted, several, training
 
@@ -71,7 +72,7 @@ class Config:
 
 def run(config: Config) -> dict:
     """Time everything, and write it where --out says so."""
-    with contextlib.nullcontext() if config.out is None else workers.fresh(config.out, "speed") as folder:
+    with contextlib.nullcontext() if config.out is None else files.fresh(config.out, "speed") as folder:
         result = _timed(config)
         if folder is not None:
             _write(folder, result)
@@ -266,12 +267,10 @@ def _add_ratios(result: dict) -> None:
 
 
 def _write(folder: Path, result: dict) -> None:
-    from worldmodel.data import replacing
-
-    with replacing(folder / "speed.json") as file:
+    with files.replacing(folder / "speed.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     if "growth" in result:
-        with replacing(folder / "growth.png") as file:
+        with files.replacing(folder / "growth.png") as file:
             _plot(result["growth"]).savefig(file, format="png")
 
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from types import ModuleType
 
-from worldmodel import data
+from worldmodel import files
 from worldmodel.commands import cli
 
 SUITES = cli.ROOT / "assets" / "suites"
@@ -32,7 +32,7 @@ def run(config, bench: ModuleType) -> dict:
         minutes = _minutes(row.model) if row.policy in bench.TOLD else None
         results.append(bench.run(dataclasses.replace(row, **same)) | {"minutes": minutes})
     text = table(rows, results)
-    with data.replacing(config.out / "table.md") as file:
+    with files.replacing(config.out / "table.md") as file:
         file.write((text + "\n").encode())
     return {"rows": dict(zip(rows, results)), "table": text, "out": str(config.out)}
 

@@ -1,9 +1,8 @@
-"""Processes that work for a command, and folders that belong to one command at a time."""
+"""Processes that work for a command."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -11,7 +10,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from pathlib import Path
 
 from worldmodel.commands import cli
 
@@ -32,36 +30,6 @@ def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[Process
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def owned(folder: Path, command: str) -> Iterator[Path]:
-    """The folder, made if need be, while no other process owns it.
-
-    Raises NotADirectoryError where it is a file, and FileExistsError where another process writes there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            told = f"another {command} is writing to {folder}; wait for it or choose another --out"
-            raise FileExistsError(told) from None
-        yield folder
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def fresh(folder: Path, command: str) -> Iterator[Path]:
-    """The same of a folder in which nothing is yet. Raises FileExistsError where there is something, too."""
-    with owned(folder, command):
-        if any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty; choose another --out")
-        yield folder
 
 
 @contextlib.contextmanager
