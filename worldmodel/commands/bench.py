@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
-import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,8 +21,9 @@ from tqdm import tqdm
 
 from envs.foreign import Foreign
 from worldmodel import data, files
-from worldmodel.commands import abstention, cli, suite, workers
-from worldmodel.commands.collect import Level, Task, as_data
+from worldmodel.commands import abstention, cli, suite
+from worldmodel.commands.collect import Level, Task
+from worldmodel.commands.episodes import Log, path_of, played, recorded
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
     "planner": (40, 3, 8, 2, 0.6, 1.0),
@@ -210,10 +207,10 @@ def run(config: Config) -> dict:
             (folder / "data").mkdir(exist_ok=True)
             files.remove_leftovers(folder / "data")
         seeds = range(config.seed, config.seed + config.episodes)
-        missing = [seed for seed in seeds if seed not in log.episodes or config.record and not _recorded(config, seed)]
+        missing = [seed for seed in seeds if seed not in log.episodes or config.record and not recorded(config, seed)]
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc=f"bench {config.policy}", unit="episode")
-        with bar, contextlib.closing(_played(config, player, missing)) as played:
-            for episode in played:
+        with bar, contextlib.closing(played(config, player, missing)) as finished:
+            for episode in finished:
                 log.append(episode)
                 bar.update()
                 successes = sum(e["success"] for e in log.episodes.values())
@@ -222,7 +219,7 @@ def run(config: Config) -> dict:
         episodes = [log.episodes[seed] for seed in seeds]
         result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
         if config.record:
-            checksums = [data.checksum(_path(config, seed)) for seed in seeds]
+            checksums = [data.checksum(path_of(config, seed)) for seed in seeds]
             recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
             data.write_recipe(folder / "data", _command(given), recipe, config.episodes, checksums, out="..")
         with files.replacing(folder / "results.json") as file:
@@ -409,96 +406,3 @@ def _identity(config: Config) -> dict:
     fields["model_sha256"] = sha256_of(config.model) if told else None
     fields["calibration"] = config.calibration and sha256_of(config.calibration)
     return json.loads(json.dumps(fields))
-
-
-@dataclass
-class Log:
-    """Finished episodes on disk: a line with the config, then one for each episode."""
-
-    path: Path
-    episodes: dict[int, dict]  # by seed
-
-    @classmethod
-    def open(cls, path: Path, identity: dict) -> Log:
-        """Start a log, or go on with that of the same run; raises FileExistsError where the folder holds something else."""
-        folder = path.parent
-        files.remove_leftovers(folder)
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is torn
-        if not lines:
-            if others := sorted(p.name for p in folder.iterdir() if p != path):
-                raise FileExistsError(f"{folder} holds {others[0]}, which is not of this benchmark; choose another --out")
-            log = cls(path, {})
-            path.write_bytes(b"")
-            log._write({"config": identity})
-            return log
-        try:
-            there, *episodes = [json.loads(line) for line in lines]
-            there, episodes = there["config"], {episode["seed"]: episode for episode in episodes}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is damaged; delete it to start anew, or choose another --out") from None
-        keys = [key for key in {**identity, **there} if identity.get(key) != there.get(key) and key != "model"]  # its hash says which
-        if keys:
-            told = ", ".join(f"{key} {there.get(key)} instead of {identity.get(key)}" for key in keys)
-            raise FileExistsError(f"{folder} holds another run, with {told}; choose another --out")
-        os.truncate(path, sum(len(line) + 1 for line in lines))
-        return cls(path, episodes)
-
-    def append(self, episode: dict) -> None:
-        """Keep a finished episode."""
-        self._write(episode)
-        self.episodes[episode["seed"]] = episode
-
-    def _write(self, value: dict) -> None:
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(value).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _played(config: Config, player, seeds: list[int]) -> Iterator[dict]:
-    """Play the episodes of these seeds, here or in worker processes; yields each when it is over."""
-    if config.workers == 1 or len(seeds) < 2:
-        for seed in seeds:
-            yield _play(config, player, seed)
-        return
-    with workers.pool(min(config.workers, len(seeds)), config.threads, prepare, config) as pool:
-        for future in as_completed([pool.submit(_play_there, config, seed) for seed in seeds]):
-            yield workers.result(future)
-
-
-def prepare(config: Config) -> None:
-    """Make the player of this worker process."""
-    player_of(config)
-
-
-def _play_there(config: Config, seed: int) -> dict:
-    return _play(config, player_of(config), seed)
-
-
-@functools.lru_cache
-def player_of(config: Config):
-    """The player of this worker process."""
-    from worldmodel.commands.policies import Player
-
-    return Player(config)
-
-
-def _path(config: Config, seed: int) -> Path:
-    """Where the episode of a seed is kept."""
-    return data.episode_path(config.out / "data", seed - config.seed)
-
-
-def _recorded(config: Config, seed: int) -> bool:
-    return _path(config, seed).exists() and data.check_episode(_path(config, seed))
-
-
-def _play(config: Config, player, seed: int) -> dict:
-    """Play one episode, film it where it is one of the first, and keep it where that is asked for."""
-    from worldmodel.commands.film import write_film
-
-    episode, film, played = player.play(seed)
-    if config.record:
-        data.write_episode(_path(config, seed), as_data(played, episode["task"], episode["object"], config.policy))
-    if seed - config.seed < config.video:
-        write_film(config.out / f"episode-{seed}.webp", film)
-    return episode

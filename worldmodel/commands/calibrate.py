@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worldmodel.commands import bench, workers
+from worldmodel.commands.episodes import player_of, prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ def run(config: Config) -> dict:
     if config.out.exists():
         raise FileExistsError(f"{config.out} exists; give a path that does not")
     played = bench.resolved(bench.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(bench.Config)}))
-    player = bench.player_of(played)
+    player = player_of(played)
     try:
         player.begin(config.seed)  # notices what is wrong before anything takes long
         if getattr(player.model, "hazard", None) is None:
@@ -88,7 +89,7 @@ def run(config: Config) -> dict:
         episodes = _each(_decisions, played, density, seeds[first:], "limits")
     finally:
         player.close()
-        bench.player_of.cache_clear()
+        player_of.cache_clear()
     limits = limits_for(episodes, config.risk, config.alarm)
     about = judged(episodes, limits)
     told = {name: value if np.isfinite(value) else None for name, value in limits.items()}  # JSON lacks infinity
@@ -146,7 +147,7 @@ def _each(what: Callable, config: bench.Config, density, seeds: Sequence[int], t
     bar = functools.partial(tqdm, total=len(seeds), desc=title, unit="episode")
     if config.workers == 1:
         return [what(config, density, seed) for seed in bar(seeds)]
-    with workers.pool(min(config.workers, len(seeds)), config.threads, bench.prepare, config) as pool:
+    with workers.pool(min(config.workers, len(seeds)), config.threads, prepare, config) as pool:
         return [workers.result(future) for future in bar([pool.submit(what, config, density, seed) for seed in seeds])]
 
 
@@ -154,7 +155,7 @@ def _usual(config: bench.Config, density: None, seed: int) -> Tensor:
     """Features [M, P, D] of an episode's pictures."""
     from planners.interface import OpenGate
 
-    player = bench.player_of(config)
+    player = player_of(config)
     player.agent.gate = OpenGate()
     return player.model.encode({"pixels": player.play(seed)[1].frames}).patches
 
@@ -163,7 +164,7 @@ def _decisions(config: bench.Config, density: Density, seed: int) -> list[dict]:
     """The signals of an episode's decisions, each with whether its step was unsafe; those of a goal count as a picture's."""
     from planners.gate import Limits
 
-    player, steps = bench.player_of(config), []
+    player, steps = player_of(config), []
     player.agent.gate = player.gate_of(Limits(), density)
     entry, *_ = player.play(seed, steps)
     bad = {event["step"] - 1 for event in entry["unsafe"]}
