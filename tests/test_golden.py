@@ -3,6 +3,9 @@
 `python tests/golden/regenerate.py` makes them anew.
 """
 
+from pathlib import Path
+
+import mujoco
 import numpy as np
 import pytest
 from golden import regenerate
@@ -13,6 +16,7 @@ def stored(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+PINNED = f"mujoco=={mujoco.__version__}" in (Path(__file__).parent.parent / "constraints.txt").read_text().split()
 TOLERANCES = {"tcp": 5e-5, "object": 5e-5, "quat": 2e-4, "proprio": 2e-4, "goal_proprio": 1e-5}  # m, rad
 
 
@@ -22,6 +26,7 @@ def test_trajectory(task):
     want = stored(task)
     have = regenerate.trajectory(task, want["actions"])
     for name, tolerance in TOLERANCES.items():
+        tolerance *= 1 if PINNED else 20  # contacts of another MuJoCo move an object by up to a millimetre
         np.testing.assert_allclose(have[name], want[name], rtol=0, atol=tolerance, err_msg=name)
     error = np.abs(have["pictures"].astype(int) - want["pictures"])
     assert error.mean() < 1.5 and (error > 16).mean() < 0.01, "drivers differ in edges and the last bits, not in this"
