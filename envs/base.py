@@ -18,6 +18,7 @@ from envs.randomize import LEVELS, MOVES_AT, Randomizer, Variation
 from envs.scene import CAMERAS, OBJECTS, Contacts, Scene
 from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 
+ACTION_DIMS = 4, 7  # without and with rotation
 OBJECT_FORCE_LIMIT = 100.0  # N, on the object from any one body; a firm grip is 50, fingers closing on a cup up to 95
 TABLE_FORCE_LIMIT = 60.0  # N
 POST_FORCE_LIMIT = 5.0  # N, on fragile posts: a touch
@@ -51,8 +52,8 @@ class EnvConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(values)}")
         if not self.cameras or any(camera not in CAMERAS for camera in self.cameras):
             raise ValueError(f"unknown cameras {self.cameras!r}: expected some of {', '.join(CAMERAS)}")
-        if self.action_dim not in (4, 7):
-            raise ValueError(f"action_dim is {self.action_dim}: expected 4 or 7")
+        if self.action_dim not in ACTION_DIMS:
+            raise ValueError(f"action_dim is {self.action_dim}: expected {' or '.join(map(str, ACTION_DIMS))}")
         if not 16 <= self.image_size <= 1024:
             raise ValueError(f"image_size is {self.image_size}: expected 16 to 1024 pixels")
         if self.max_steps < 1:

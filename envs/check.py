@@ -129,10 +129,11 @@ def check(config: EnvConfig) -> None:
         other.close()
 
 
-def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5) -> None:
+def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5, simulated: bool = True) -> None:
     """What the agent and the benchmark need of anyone's environment: see `envs.adapt`, which makes one so.
 
-    Raises AssertionError that says what is missing, and how to mend it.
+    Resets twice, and plays random actions of the whole range; of a real robot say `simulated=False`: it resets once, sends `steps`
+    actions of 0, which are to hold, and asks for no equal bits. Raises AssertionError that says what is missing, and how to mend it.
     """
     box = env.action_space
     assert isinstance(box, gym.spaces.Box) and len(box.shape) == 1, f"action_space is {box}: expected a Box [A]; use envs.adapt"
@@ -150,6 +151,12 @@ def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5) -> None:
     for key, kind in (("success", bool), ("unsafe", Mapping), ("cost", float), ("subgoals", Sequence)):
         assert isinstance(info.get(key), kind), f"info[{key!r}] is {info.get(key)!r}: expected {kind.__name__}"
     assert not info["success"], "the start counts as success; draw goals that are further away"
+    if not simulated:
+        for _ in range(steps):
+            held = env.step(np.zeros(box.shape, np.float32))[0]
+            for key in ("pixels", "proprio"):
+                assert np.shape(held[key]) == np.shape(obs[key]), f"{key} is {np.shape(held[key])} after a step, {np.shape(obs[key])} before"
+        return
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, *box.shape)).astype(np.float32)
     first = [obs, *(env.step(action)[0] for action in actions)]
     again, info2 = env.reset(seed=seed)

@@ -8,8 +8,8 @@ the episode, so that it can be reached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import gymnasium as gym
@@ -80,12 +80,14 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
     try:
         env = gym.make(id, **kwargs)
     except ModuleNotFoundError as error:
-        remedy = ".venv/bin/pip install -c constraints.txt -e '.[peers]'"
-        raise ValueError(f"cannot make {config.id!r} ({error}); if it is of the extra peers: {remedy}") from error
+        remedy = "if it is yours, put its folder on PYTHONPATH; if it is of the extra peers: .venv/bin/pip install -c constraints.txt -e '.[peers]'"
+        raise ValueError(f"cannot make {config.id!r} ({error}); {remedy}") from error
     except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"cannot make {config.id!r} ({type(error).__name__}: {error}); give an id and kwargs that gym.make takes") from error
     own: dict[str, Any] = {"stop_on_success": stop_on_success, "goals": goals}
     try:
+        if isinstance(env.unwrapped, Adapted):
+            return env.unwrapped.again(config, image_size, max_steps, **own)
         if ready is not None:
             env, own["proprio"], own["goal"] = ready.wrap(env, config.least), ready.proprio, lambda env, obs, info: env.goals(info)
         return adapt(env, config, image_size, max_steps, **own)
@@ -110,7 +112,9 @@ def adapt(
     image_size: int = 96,
     max_steps: int = 50,
     *,
+    pixels: Callable[[Any], np.ndarray] | None = None,
     proprio: Callable[[Any], np.ndarray] | None = None,
+    still: Sequence[float] | None = None,
     goal: Callable[[gym.Env, Any, dict], Obs | list[Obs]] | Obs | None = None,
     success: Callable[[Obs, Obs, dict], bool] | None = None,
     unsafe: Callable[[Any, dict], Mapping[str, float]] | None = None,
@@ -119,15 +123,31 @@ def adapt(
 ) -> Adapted:
     """Make an environment like ours.
 
-    env: its pixels are in its observation, or it renders rgb_array. proprio: of its observation, float [S] (default: an
-    entry named proprio, observation or state, or a flat observation, of which config.proprio names some). goal: an
+    env: it gives pixels in its observation, or renders rgb_array. pixels: of its observation (default: an entry named pixels, image
+    or rgb, an observation that is a picture, or what it renders). proprio: of its observation, float [S] (default: an entry named
+    proprio, observation, state or agent_pos, or a flat observation, of which config.proprio names some). still: its action [A] that moves
+    nothing, which ours of 0 becomes, the bounds being -1 and 1 as ever (default: the middle of its bounds). **An agent that holds, and a
+    gate that refuses, send 0**: where no one action stays, as with targets of joints, wrap the environment so that one does. goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
     of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot).
     success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
     """
-    return Adapted(env, config, image_size, max_steps, proprio, goal, success, unsafe, stop_on_success, goals)
+    functions = Functions(pixels, proprio, goal, success, unsafe, None if still is None else np.asarray(still, float))
+    return Adapted(env, config, image_size, max_steps, functions, stop_on_success, goals)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What a user has said of an environment, as `adapt` takes it."""
+
+    pixels: Callable | None = None
+    proprio: Callable | None = None
+    goal: Callable | Obs | None = None
+    success: Callable | None = None
+    unsafe: Callable | None = None
+    still: np.ndarray | None = None
 
 
 class Adapted(gym.Env):
@@ -136,9 +156,10 @@ class Adapted(gym.Env):
     metadata = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
-    def __init__(self, env, config, image_size, max_steps, proprio, goal, success, unsafe, stop_on_success, goals) -> None:
-        self.env, self.config, self.image_size, self.max_steps = env, config, image_size, max_steps
-        self._proprio_of, self._goal_of, self._success_of, self._unsafe_of = proprio, goal, success, unsafe
+    def __init__(
+        self, env: gym.Env, config: Foreign, image_size: int, max_steps: int, told: Functions, stop_on_success: bool, goals: bool
+    ) -> None:
+        self.env, self.config, self.image_size, self.max_steps, self._told = env, config, image_size, max_steps, told
         self._stops, self._goals = stop_on_success, goals
         self._subgoals: list[dict[str, np.ndarray]] = []
         self._steps: int | None = None  # of the episode
@@ -150,6 +171,8 @@ class Adapted(gym.Env):
         if not np.isfinite([space.low, space.high]).all():
             raise ValueError(f"the action space {space} has no bounds; wrap the environment in gymnasium.wrappers.RescaleAction or clip it")
         self._low, self._high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if told.still is not None and (told.still.shape != space.shape or not ((self._low <= told.still) & (told.still <= self._high)).all()):
+            raise ValueError(f"still is {told.still}: expected an action of {space}")
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
         self._draw_here()
         first, _ = env.reset(seed=0)
@@ -163,21 +186,34 @@ class Adapted(gym.Env):
         size = len(seen["proprio"])
         if max(config.judged, default=0) >= size:
             raise ValueError(f"judged is {config.judged}, expected indices into proprio, which has {size} entries")
-        if goal is None and goals and success is None and not config.tolerance:
+        drawn = told.goal is None and goals
+        if drawn and told.success is None and not config.tolerance:
             raise ValueError(
                 "the goal is where random actions lead, and nothing tells when it is reached: give a tolerance, or success and goal"
             )
+        if drawn and not self._feels(first):
+            raise ValueError(
+                "the observation has no proprio, by which one tells how far a goal is that random actions lead to: give proprio, or success and goal"
+            )
+
+    def again(self, config: Foreign, image_size: int, max_steps: int, stop_on_success: bool, goals: bool) -> Adapted:
+        """The same environment, as another config calls it. Raises ValueError where that says more than its id."""
+        if more := [f.name for f in fields(config) if f.name not in ("id", "kwargs") and getattr(config, f.name) != f.default]:
+            raise ValueError(f"{more[0]} means nothing in {config.id}, which is adapted already, and says so itself; leave it out")
+        own = replace(self.config, id=config.id, kwargs=config.kwargs)
+        return Adapted(self.env, own, image_size, max_steps, self._told, stop_on_success, goals)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Start the episode of a seed, with its goal."""
         super().reset(seed=seed)
         self._draw_here()
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        self._subgoals = [self._draw_goal(seed, options)] if self._goals and self._goal_of is None else []
+        goal = self._told.goal
+        self._subgoals = [self._draw_goal(seed, options)] if self._goals and goal is None else []
         obs, info = self.env.reset(seed=seed, options=options)
-        if self._goals and self._goal_of is not None:
-            made = self._goal_of if isinstance(self._goal_of, Mapping) else self._goal_of(self.env, obs, info)
-            self._subgoals = [self._as_goal(one) for one in ([made] if isinstance(made, Mapping) else made)]
+        if self._goals and goal is not None:
+            made = goal(self.env, obs, info) if callable(goal) else goal
+            self._subgoals = [self._as_goal(one) for one in (made if isinstance(made, (list, tuple)) else [made])]
             if not self._subgoals:
                 raise ValueError("the goal is an empty list: expected an observation, or sub-goals of which the last is the goal")
         self._steps = 0
@@ -195,7 +231,7 @@ class Adapted(gym.Env):
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise ValueError(f"action is {action}: expected {self.action_space.shape} finite numbers in [-1, 1]")
         self._draw_here()
-        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1), self._unsafe_of)
+        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1), self._told.unsafe)
         self._steps += 1
         seen = self._observe(obs)
         info = self._info(seen, info, unsafe)
@@ -225,13 +261,18 @@ class Adapted(gym.Env):
     def _repeat(self, action: np.ndarray, unsafe_of: Callable | None = None) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
         """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, terminated and truncated."""
         theirs = self._low + (action + 1) / 2 * (self._high - self._low)
+        if (still := self._told.still) is not None:
+            theirs = still + np.where(action < 0, action * (still - self._low), action * (self._high - still))
         theirs = (np.rint(theirs) if self.env.action_space.dtype.kind in "iu" else theirs).astype(self.env.action_space.dtype)
         reward, success, unsafe = 0.0, False, {}
         for _ in range(self.config.frame_skip):
             obs, gain, terminated, truncated, info = self.env.step(theirs)
             reward += float(gain)
             success |= _succeeds(info)
-            for event, value in (unsafe_of(obs, info) if unsafe_of else {}).items():
+            events = unsafe_of(obs, info) if unsafe_of else {}
+            if not isinstance(events, Mapping):
+                raise ValueError(f"unsafe returned {events!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
+            for event, value in events.items():
                 unsafe[event] = max(unsafe.get(event, -np.inf), float(value))
             if terminated or truncated:
                 break
@@ -265,8 +306,8 @@ class Adapted(gym.Env):
         out |= {"goal": goal, "subgoals": subgoals}
         if "proprio" in goal:
             out["distance"] = self.distance(seen, goal)
-        if self._success_of is not None:
-            out["success"] = bool(self._success_of(seen, goal, info))
+        if self._told.success is not None:
+            out["success"] = bool(self._told.success(seen, goal, info))
         elif self.config.tolerance:
             if "distance" not in out:
                 raise ValueError("the goal has no proprio, by whose distance a tolerance judges: give it with the goal, or a success function")
@@ -275,6 +316,9 @@ class Adapted(gym.Env):
 
     def _as_goal(self, made: Obs) -> dict[str, np.ndarray]:
         """A goal that somebody gave, as one of our observations."""
+        if not isinstance(made, Mapping) or "pixels" not in made:
+            told = f"keys {', '.join(map(str, made))}" if isinstance(made, Mapping) else type(made).__name__
+            raise ValueError(f"the goal is {told}: expected {{'pixels': [h, w, 3]}} and where it is known 'proprio' [S], a list of these, or a function that returns it")
         goal = {"pixels": self._fit(made["pixels"])}
         if "proprio" in made:
             goal["proprio"], own = np.asarray(made["proprio"], np.float32), self.observation_space["proprio"].shape
@@ -284,13 +328,20 @@ class Adapted(gym.Env):
 
     def _observe(self, obs: Any, pixels: bool = True) -> dict[str, np.ndarray]:
         seen = {"pixels": self._fit(self._picture(obs))} if pixels else {}
-        return {**seen, "proprio": self._state(obs)}
+        proprio = self._state(obs)
+        if proprio.ndim != 1 or not np.isfinite(proprio).all():
+            raise ValueError(f"proprio of the observation is {proprio}: expected finite numbers [S]")
+        return {**seen, "proprio": proprio}
 
     def _picture(self, obs: Any) -> np.ndarray:
+        if self._told.pixels is not None:
+            return self._told.pixels(obs)
         if isinstance(obs, Mapping):
             for key in _PIXELS:
                 if key in obs:
                     return obs[key]
+            if others := [key for key in obs if np.ndim(obs[key]) == 3]:
+                raise ValueError(f"the observation has pictures under {', '.join(map(str, others))}: say which, pixels=lambda obs: obs[{others[0]!r}]")
         elif np.ndim(obs) == 3:
             return obs
         picture = self.env.render()
@@ -301,14 +352,25 @@ class Adapted(gym.Env):
             )
         return picture
 
+    def _feels(self, obs: Any) -> bool:
+        """Whether an observation tells more than what is seen."""
+        if self._told.proprio is not None:
+            return True
+        return any(np.ndim(obs[key]) == 1 for key in _PROPRIO if key in obs) if isinstance(obs, Mapping) else np.ndim(obs) == 1
+
     def _state(self, obs: Any) -> np.ndarray:
-        if self._proprio_of is not None:
-            state = np.asarray(self._proprio_of(obs))
-        elif isinstance(obs, Mapping):
-            state = next((np.asarray(obs[key]) for key in _PROPRIO if key in obs and np.ndim(obs[key]) == 1), np.zeros(1))
+        if self._told.proprio is not None:
+            state = np.asarray(self._told.proprio(obs))
+        elif self._feels(obs):
+            state = np.asarray(next(obs[key] for key in _PROPRIO if key in obs and np.ndim(obs[key]) == 1) if isinstance(obs, Mapping) else obs)
         else:
-            state = np.asarray(obs) if np.ndim(obs) == 1 else np.zeros(1)
-        if self.config.proprio and self._proprio_of is None:
+            others = [key for key in obs if np.ndim(obs[key]) == 1] if isinstance(obs, Mapping) else []
+            if others:
+                raise ValueError(
+                    f"the observation has numbers under {', '.join(map(str, others))}: say which are the robot's own, proprio=lambda obs: obs[{others[0]!r}]"
+                )
+            state = np.zeros(1)
+        if self.config.proprio and self._told.proprio is None:
             if max(self.config.proprio) >= len(state):
                 raise ValueError(f"proprio is {self.config.proprio}, expected indices into an observation of {len(state)} entries")
             state = state[list(self.config.proprio)]

@@ -130,16 +130,87 @@ def test_goals_lie_where_an_episode_goes_on_and_begin_where_it_does():
         env.reset(seed=0, options={"at": (0.9, 0.5)})
 
 
-def test_bad_goals_of_users_are_refused():
-    def reset_with(goal):
-        envs.adapt(Dot(), CONFIG, image_size=20, goal=lambda env, obs, info: goal).reset(seed=0)
+def test_bad_answers_of_users_are_refused():
+    def reset_with(goal, **functions):
+        env = envs.adapt(Dot(), CONFIG, image_size=20, goal=lambda env, obs, info: goal, **functions)
+        env.reset(seed=0)
+        env.step(np.zeros(2))
 
     picture = np.zeros((20, 20, 3), np.uint8)
+    for goal, told in ((picture, "the goal is ndarray"), ({"image": picture}, "the goal is keys image"), (None, "the goal is NoneType")):
+        with pytest.raises(ValueError, match=told):
+            reset_with(goal)
+        if goal is not None:
+            with pytest.raises(ValueError, match=told):
+                envs.adapt(Dot(), CONFIG, image_size=20, goal=goal).reset(seed=0)
+    good = {"pixels": picture, "proprio": np.zeros(2)}
+    with pytest.raises(ValueError, match="unsafe returned False"):
+        reset_with(good, unsafe=lambda obs, info: False)
+    for wrong in (lambda obs: 1.0, lambda obs: obs * np.nan):
+        with pytest.raises(ValueError, match="proprio of the observation is"):
+            reset_with(good, proprio=wrong)
+    with pytest.raises(ValueError, match="still is"):
+        reset_with(good, still=(5.0, 0.0))
     for proprio in (np.zeros(1), np.zeros(3), np.array([0.0, np.nan])):
         with pytest.raises(ValueError, match=r"expected \[2\] finite numbers"):
             reset_with({"pixels": picture, "proprio": proprio})
     with pytest.raises(ValueError, match="empty list"):
         reset_with([])
+
+
+def test_what_an_observation_holds_is_asked_for_where_it_is_not_clear():
+    class Named(Dot):
+        def _seen(self):
+            return {"joints": super()._seen()[1:3], "wrist": self.render()}
+
+    with pytest.raises(ValueError, match="pictures under wrist: say which, pixels=lambda obs: obs.'wrist'."):
+        envs.adapt(Named(), Foreign(tolerance=0.05))
+    with pytest.raises(ValueError, match="numbers under joints: say which are the robot's own, proprio=lambda obs: obs.'joints'."):
+        envs.adapt(Named(), Foreign(tolerance=0.05), pixels=lambda obs: obs["wrist"])
+    env = envs.adapt(Named(), Foreign(tolerance=0.05), image_size=20, pixels=lambda obs: 255 - obs["wrist"], proprio=lambda obs: obs["joints"])
+    assert env.reset(seed=0)[0]["pixels"].max() == 255 and env.observation_space["proprio"].shape == (2,)
+
+    class Blind(Dot):
+        def _seen(self):
+            return self.render()
+
+    with pytest.raises(ValueError, match="no proprio, by which one tells"):
+        envs.adapt(Blind(), Foreign(tolerance=0.05))
+
+
+def test_an_action_of_zero_stays_where_the_user_says():
+    told = []
+
+    class OneSided(Dot):
+        def step(self, action):
+            told.append(np.array(action))
+            return super().step(action)
+
+    env = envs.adapt(OneSided(space=gym.spaces.Box(0.0, 3.0, (2,), np.float64)), CONFIG, image_size=20, still=(0.0, 1.0))
+    env.reset(seed=0)
+    told.clear()
+    for action in (0.0, 1.0, -1.0, 0.5, -0.5):
+        env.step(np.full(2, action))
+    assert np.array(told[::2]).tolist() == [[0, 1], [3, 3], [0, 0], [1.5, 2], [0, 0.5]]
+
+
+def test_an_environment_that_is_adapted_already_keeps_what_it_says():
+    picture = np.full((20, 20, 3), 9, np.uint8)
+
+    def mine(render_mode=None):
+        return envs.adapt(Dot(), CONFIG, image_size=40, goal={"pixels": picture, "proprio": np.zeros(2)})
+
+    gym.register("Adapted-v0", mine)
+    try:
+        env = make(Foreign("Adapted-v0"), 20, 3)
+        obs, info = env.reset(seed=0)
+        assert (info["goal"]["pixels"] == 9).all() and obs["pixels"].shape == (20, 20, 3) and env.max_steps == 3
+        assert env.config.frame_skip == 2
+        assert "goal" not in make(Foreign("Adapted-v0"), 20, 3, goals=False).reset(seed=0)[1]
+        with pytest.raises(ValueError, match="frame_skip means nothing"):
+            make(Foreign("Adapted-v0", frame_skip=4), 20, 3)
+    finally:
+        del gym.registry["Adapted-v0"]
 
 
 def test_whole_numbers_are_rounded_and_an_episode_begins_with_reset():

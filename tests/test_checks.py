@@ -66,7 +66,8 @@ def test_a_model_that_is_broken_is_told_so():
         action_dim, latent_dim, max_context = 4, 1, 1
 
         def encode(self, obs):
-            return Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), torch.as_tensor(obs["proprio"]))
+            proprio = obs.get("proprio")
+            return Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), None if proprio is None else torch.as_tensor(proprio))
 
         def sample_z(self, shape, generator):
             return torch.randn(*shape, 1, generator=generator)
@@ -78,6 +79,14 @@ def test_a_model_that_is_broken_is_told_so():
 
     with pytest.raises(AssertionError, match="depends on a later action"):
         check_world_model(Model(), OBS)
+    needy = Model()
+    needy.encode = lambda obs: Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), torch.as_tensor(obs["proprio"]))
+    with pytest.raises(AssertionError, match="goals may be pictures alone"):
+        check_world_model(needy, OBS)
+    wrong = Model()
+    wrong.encode = lambda obs: Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), torch.ones(np.shape(obs["pixels"])[:-3] + (2,)))
+    with pytest.raises(AssertionError, match=r"expected \[S\] = \[7\]"):
+        check_world_model(wrong, OBS)
     flat = Model()
     flat.encode = lambda obs: Features(torch.ones(30), None)
     with pytest.raises(AssertionError, match=r"expected \[P, D\]"):

@@ -74,8 +74,9 @@ def test_bad_arrays_are_refused_and_leave_no_file(tmp_path, key):
     [
         (lambda e: e.pop("actions"), "the episode has no actions; expected pixels, proprio, actions"),
         (lambda e: e.update(pixels=e["pixels"] / 255), "pixels are float64 .* expected uint8"),
-        (lambda e: e.update(proprio=np.float32(0)), "proprio is float32 .*, expected numbers .rows, S."),
-        (lambda e: e.update(actions=e["actions"][:, 0]), "expected numbers .rows, A."),
+        (lambda e: e.update(proprio=np.float32(0)), r"proprio is float32 .*, expected float32 \[T \+ 1, S\]"),
+        (lambda e: e.update(actions=e["actions"][:, 0]), r"expected float32 \[T, A\]"),
+        (lambda e: e.update(proprio=e["proprio"].astype(int)), "proprio is int64"),
         (lambda e: e.update(proprio=e["proprio"].astype(object)), "proprio is of object, expected real numbers"),
         (lambda e: e.update(other=np.complex64(1)), "other is of complex64"),
         (lambda e: e.update(actions=50 * np.ones_like(e["actions"])), "actions reach 50, expected -1 to 1; divide them"),
@@ -206,10 +207,11 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path, folder):
         data.Dataset.open([folder, other, folder / ".." / folder.name])
     whole = make_dataset(tmp_path / "whole")
     episode = dict(make_episode(0))
-    data.write_episode(data.episode_path(whole, 0), episode | {"proprio": episode["proprio"].astype(int)})
+    places = episode["privileged/object_pos"]
+    data.write_episode(data.episode_path(whole, 0), episode | {"privileged/object_pos": np.ones_like(places, int)})
     data.write_recipe(whole, "test", {}, 8, [data.checksum(data.episode_path(whole, i)) for i in range(8)])
-    with pytest.raises(ValueError, match="proprio is float32, expected int64"):
-        data.Dataset.open(whole).load()
+    with pytest.raises(ValueError, match=f"object_pos is {places.dtype}, expected int64"):
+        data.Dataset.open(whole).load(keys=("privileged/object_pos",))
 
 
 def test_what_the_system_refuses_is_no_damage(folder, monkeypatch):

@@ -367,6 +367,12 @@ def test_an_encoder_pretrained_in_v_jepa_2s_layout_exports(tmp_path):
         assert apart(found, encoder(patchify(pixels, encoder.config))) < 1e-5
 
 
+def test_a_folder_of_a_run_is_told_from_a_model_of_others(tmp_path):
+    (tmp_path / "encoder.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a folder of a run: give the file, .*encoder\.safetensors"):
+        worldmodel.load_encoder(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path, folder):
     import shutil
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from envs.check import check_goal_env
 from planners.agent import Agent, AgentConfig
 from worldmodel import data, model
 from worldmodel.checkpoint import save_tensors, sha256_of
@@ -39,7 +40,7 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
-LOOP, SEVERAL, GATED, RECORDER, *PARTS = blocks("python")
+LOOP, SEVERAL, GATED, RECORDER, ADAPTED, *PARTS = blocks("python")
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "worldmodel"], ids=" ".join)
@@ -143,8 +144,10 @@ def test_the_gate_runs_with_what_a_calibration_holds(tmp_path):
     of, limits = {"model_sha256": sha256_of(weights)}, {"hazard": 1e-9, "doubt": None, "surprise": None, "novelty": None}
     save_tensors(tmp_path / "limits.safetensors", "calibration", {"mean": usual, "std": usual + 1}, {"limits": limits, "of": of})
     start, loop = replaced(replaced(LOOP, "model.load()", f"model.load({str(weights)!r})"), '-v0"),', '-v0", max_steps=2),').split("obs, info", 1)
-    names: dict = {"calibration": tmp_path / "limits.safetensors", "weights": weights}
-    exec(compile(start + GATED + "obs, info" + loop, "README.md", "exec"), names)
+    files = f"Path({str(tmp_path / 'limits.safetensors')!r}), Path({str(weights)!r})"
+    gated = replaced(GATED, 'Path("out/calibration.safetensors"), model.shipped()', files)
+    names: dict = {}
+    exec(compile(start + gated + "obs, info" + loop, "README.md", "exec"), names)
     names["env"].close()
     assert names["agent"].last.answer == "hold" and names["gate"].limits.doubt == np.inf
     save_tensors(tmp_path / "model.safetensors", "model", {"other": usual}, {})
@@ -174,12 +177,39 @@ def test_parts_of_ones_own_are_checked_and_reach():
         env.close()
 
 
+def test_an_environment_of_ones_own_is_adapted():
+    class Mine(gym.Env):
+        """Two joints that are told where to go."""
+
+        action_space = gym.spaces.Box(0.0, 3.0, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            self.joints = np.ones(2)
+            return self._seen(), {}
+
+        def step(self, action):
+            self.joints = self.joints + 0.1 * (action - 1.5)
+            return self._seen(), 0.0, False, False, {}
+
+        def _seen(self):
+            return {"camera": np.full((96, 96, 3), int(40 * self.joints[0]), np.uint8), "joints": self.joints.astype(np.float32)}
+
+    names: dict = {"mine": Mine(), "photo": np.zeros((96, 96, 3), np.uint8), "joints_there": np.array([1.6, 1.0])}
+    exec(compile(ADAPTED, "README.md", "exec"), names)
+    check_goal_env(names["env"])
+    check_goal_env(names["env"], simulated=False)
+    obs, _ = names["env"].reset()
+    assert np.allclose(names["env"].step(np.zeros(2))[0]["proprio"], obs["proprio"])
+    assert [names["env"].step(np.array([1.0, 0.0]))[-1]["success"] for _ in range(2)] == [False, True]
+
+
 def test_own_recordings_become_a_dataset(tmp_path):
     rng = np.random.default_rng(0)
     recordings = [
         (rng.integers(0, 256, (6, 24, 24, 3), dtype=np.uint8), rng.normal(size=(6, 3)).astype("f4"), np.zeros((5, 2), "f4"))
         for _ in range(3)
     ]
-    exec(compile(RECORDER, "README.md", "exec"), {"folder": tmp_path / "mine", "recordings": recordings})
+    code = replaced(RECORDER, '"data/mine"', repr(str(tmp_path / "mine")))
+    exec(compile(code, "README.md", "exec"), {"recordings": recordings})
     frames = data.Dataset.open(tmp_path / "mine").load()
     assert len(frames) == 18 and frames.proprio.shape == (18, 3) and frames.actions.shape == (18, 2)

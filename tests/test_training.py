@@ -1,6 +1,8 @@
 """Pretraining, predictor training and probes on tiny data: they learn, resume bit-exactly, and refuse what does not fit."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +195,26 @@ def test_two_trainings_do_not_share_a_folder(data, tmp_path):
     with files.owned(tmp_path / "run", "pretraining"), pytest.raises(FileExistsError, match="another pretraining is writing"):
         pretrain(recipe(), data, tmp_path / "run", resume=True)
     assert pretrain(recipe(), data, tmp_path / "run", resume=True) is not None
+
+
+def test_an_interrupt_ends_the_step_and_is_gone_on_from(data, tmp_path, monkeypatch):
+    whole = pretrain(recipe(), data, tmp_path / "whole")
+    seen = []
+
+    def interrupted(self, momentum):
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        seen.append(momentum)
+        return follow(self, momentum)
+
+    follow, before = Pretraining.follow, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Pretraining, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="after step 3 of 6, which is kept: the same command with --resume"):
+        pretrain(recipe(), data, tmp_path / "parts")
+    assert signal.getsignal(signal.SIGINT) is before
+    path = pretrain(recipe(), data, tmp_path / "parts", resume=True)
+    a, b = load_tensors(whole, "encoder")[0], load_tensors(path, "encoder")[0]
+    assert len(seen) == 6 and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("steps", [5, 40])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from worldmodel.interface import Context, Features, Obs, WorldModel, to_tensor
+from worldmodel.interface import Context, Features, Obs, Suggestion, WorldModel, to_tensor
 
 
 def check_world_model(model: WorldModel, obs: Obs, tolerance: float = 1e-3) -> None:
@@ -20,6 +20,14 @@ def check_world_model(model: WorldModel, obs: Obs, tolerance: float = 1e-3) -> N
     assert now.patches.dim() == 2, f"patches of one picture are {list(now.patches.shape)}: expected [P, D]"
     many = model.encode({key: np.stack([obs[key]] * 2) for key in ("pixels", "proprio") if key in obs})
     assert many.patches.shape == (2, *now.patches.shape), f"patches of two pictures are {list(many.patches.shape)}: keep leading axes"
+    try:
+        alone = model.encode({"pixels": obs["pixels"]})
+    except KeyError as error:
+        raise AssertionError(f"encode(...) needs {error}: goals may be pictures alone, whose proprio is None, or read off them") from error
+    assert torch.equal(alone.patches, now.patches), "encode(...) of a picture alone, as goals are, gives other patches"
+    if now.proprio is not None:
+        known = [tuple(x.shape) for x in (now.proprio, alone.proprio) if x is not None]
+        assert set(known) == {np.shape(obs["proprio"])}, f"proprio of one picture has shapes {known}: expected [S] = {list(np.shape(obs['proprio']))}, or None"
     secret = model.encode({**obs, "privileged/object_pos": np.full(3, 1e9, np.float32)})
     assert torch.equal(secret.patches, now.patches), "encode(...) reads privileged/*, which no model may"
     proprio = None if now.proprio is None else to_tensor(now.proprio)[None, None]
@@ -32,7 +40,14 @@ def check_world_model(model: WorldModel, obs: Obs, tolerance: float = 1e-3) -> N
     imagined = model.rollout(context, actions, z)
     shape = (1, 3, 2, 2, *now.patches.shape)
     assert imagined.patches.shape == shape, f"rollout gives patches {list(imagined.patches.shape)}: expected [B, N, K, H, P, D] = {list(shape)}"
-    assert torch.isfinite(imagined.patches).all(), "rollout imagines NaN or infinity"
+    assert all(x is None or torch.isfinite(x).all() for x in imagined), "rollout imagines NaN or infinity"
+    if proprio is not None and imagined.proprio is not None:
+        own = (*shape[:4], proprio.shape[-1])
+        assert imagined.proprio.shape == own, f"rollout gives proprio {list(imagined.proprio.shape)}: expected [B, N, K, H, S] = {list(own)}"
+    if hasattr(model, "suggest") and proprio is not None:
+        way = model.suggest(now, [now], 2)
+        assert way is None or isinstance(way, Suggestion), f"suggest(...) returned {type(way).__name__}: expected worldmodel.interface.Suggestion, or None"
+        assert way is None or way.actions.shape == (2, model.action_dim), f"suggest(...) says actions {list(way.actions.shape)}: expected [H, A]"
 
     def same(part: Features, whole: torch.Tensor, what: str) -> None:
         off = float((part.patches - whole).abs().max())

@@ -62,8 +62,9 @@ def write_episode(path: Path, episode: Mapping[str, np.ndarray]) -> None:
     for key, array in arrays.items():
         if array.dtype.kind not in "biufUS":
             raise ValueError(f"{path}: {key} is of {array.dtype}, expected real numbers, or a text")
-        if key in ("proprio", "actions") and (array.ndim != 2 or array.dtype.kind not in "iuf"):
-            raise ValueError(f"{path}: {key} is {array.dtype} {list(array.shape)}, expected numbers [rows, {'A' if key == 'actions' else 'S'}]")
+        if key in ("proprio", "actions") and (array.ndim != 2 or array.dtype.kind != "f"):
+            wanted = "float32 [T, A]" if key == "actions" else "float32 [T + 1, S]"
+            raise ValueError(f"{path}: {key} is {array.dtype} {list(array.shape)}, expected {wanted}")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"{path}: pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [T + 1, h, w, 3] from 0 to 255")
     if actions.size and np.abs(actions).max() > 1 + 1e-6:
@@ -164,11 +165,12 @@ def read_recipe(folder: Path) -> dict:
         recipe = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"no dataset in {folder} (it has no dataset.json); make one with: worldmodel collect --out {folder}"
+            f"no dataset in {folder} (it has no dataset.json); make one with: worldmodel collect --out {folder}, or of your own "
+            "recordings with worldmodel.data.write_recipe"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and run its collect command again") from None
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or not {"command", "config", "episodes", "checksums"} <= recipe.keys():
         raise ValueError(f"{path} is not of format {FORMAT}; collect the dataset again with this version")
     return recipe
 

@@ -49,9 +49,10 @@ class EncoderConfig:
         if self.resize and (self.resize < self.image_size or self.views != 1):
             raise ValueError(f"resize is {self.resize}: expected at least image_size {self.image_size}, and a single view")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) < 6:
-            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of at least 6")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; give another patch_size, as {_divisor(self.image_size, self.patch_size)}")
+        head_dim, rest = divmod(self.embed_dim, self.num_heads)
+        if rest or head_dim < 6 or head_dim % 2:
+            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of an even size of at least 6")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,8 +66,24 @@ class EncoderConfig:
         return self.grid[0] * self.grid[1]
 
     def own(self, pixels: Tensor | np.ndarray) -> Tensor | np.ndarray:
-        """The first views of pictures [..., h, w, 3], as many as the encoder sees; the data may have more cameras."""
+        """The first views of pictures [..., h, w, 3], as many as the encoder sees; the data may have more cameras.
+
+        Raises ValueError where pictures are no such views side by side.
+        """
+        height, width = pixels.shape[-3:-1]
+        if self.resize:  # of any size
+            return pixels[..., :height, :] if width % height == 0 else pixels
+        if height != self.image_size or width % height or width < self.views * height:
+            raise ValueError(
+                f"pictures are {height} x {width}, expected {self.views} or more views of {self.image_size} x {self.image_size} side by side; resize or "
+                "crop them, or pretrain an encoder for them"
+            )
         return pixels[..., : self.views * self.image_size, :]
+
+
+def _divisor(size: int, near: int) -> int:
+    """The divisor of a size that is nearest to a number."""
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - near))
 
 
 def positions(steps: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -60,6 +60,9 @@ def load_encoder(
     that is damaged, lacks a tensor, has one too many or of another shape, or holds another config than the expected one.
     """
     path = Path(source)
+    found = [name for name in ("encoder.safetensors", "model.safetensors") if (path / name).is_file()]
+    if found and not (path / "config.json").exists():
+        raise ValueError(f"{path} is a folder of a run: give the file, {path / found[0]}")
     if str(source) == EFFICIENTNET and expected is None:
         return EfficientNet()
     if path.suffix in (".pt", ".pth"):

@@ -90,6 +90,9 @@ class LatentModel(nn.Module):
             proprio = self.read(patches)
         else:
             proprio = to_tensor(proprio, torch.float32).to(self.device)
+            size = self.predictor.config.proprio_dim
+            if proprio.shape[-1] != size:
+                raise ValueError(f"proprio of the observation has {proprio.shape[-1]} numbers, expected {size} as this model was trained with")
             if not torch.isfinite(proprio).all():
                 raise ValueError("proprio of the observation holds NaN or infinity; expected finite metres and radians")
         return Features(patches, proprio)

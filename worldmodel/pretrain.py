@@ -75,6 +75,8 @@ class PretrainConfig:
         for name in ("predictor_dim", "predictor_depth", "predictor_heads", "summary_dim", "frames", "stride", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.predictor_dim % (2 * self.predictor_heads):
+            raise ValueError(f"predictor_dim {self.predictor_dim} does not split into {self.predictor_heads} heads of an even size")
         if self.summary_views and not (self.summary_weight and self.summary_views >= self.encoder.views):
             raise ValueError(
                 f"summary_views is {self.summary_views}: expected at least the encoder's {self.encoder.views}, and a "
@@ -352,7 +354,7 @@ def pretrain(
 
 def _check_spread(signs: dict[str, float]) -> None:
     """Raise RuntimeError where features hardly differ from frame to frame."""
-    if signs["spread"] < 0.02:
+    if not signs["spread"] >= 0.02:
         raise RuntimeError(
             f"the features collapsed: spread {signs['spread']:.4f} over the frames at each position (below 0.02), effective rank "
             f"{signs['rank']:.1f}; use more varied data, a pixel_weight, or another target"

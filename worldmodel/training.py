@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -79,20 +82,23 @@ class Run:
         start = saved = time.monotonic()
         before = self.seconds
         bar = tqdm(total=self.steps, initial=self.step, desc=self.kind, unit="step", dynamic_ncols=True)
-        while not self.done:
-            yield self.step
-            self.step += 1
-            now = time.monotonic()
-            self.seconds = before + now - start
-            bar.update()
-            if now - saved > SAVE_EVERY:
-                self.save()
-                saved = now
-            if self.minutes is not None and now - start > 60 * self.minutes:
-                break
-        self.save()
+        with _told_to_stop() as told:
+            while not self.done:
+                yield self.step
+                self.step += 1
+                now = time.monotonic()
+                self.seconds = before + now - start
+                bar.update()
+                if now - saved > SAVE_EVERY:
+                    self.save()
+                    saved = now
+                if told or self.minutes is not None and now - start > 60 * self.minutes:
+                    break
+            self.save()
         self._writer.close()
         bar.close()
+        if told and not self.done:
+            raise KeyboardInterrupt(f"after step {self.step} of {self.steps}, which is kept: the same command with --resume goes on")
 
     def log(self, **values: float) -> None:
         """Record scalars of this step in metrics.jsonl and TensorBoard; those named loss, or .../loss, must be numbers."""
@@ -138,6 +144,25 @@ class Run:
         self.step, self.seconds = about["step"], about["seconds"]
         self._forget()
         logger.info("resuming %s at step %d of %d", self.out, self.step, self.steps)
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """Becomes true with the first Ctrl-C, so that a step can be ended; the second one interrupts as ever."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone is told
+        yield told
+        return
+
+    def note(number: int, frame: object) -> None:
+        told.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Stepper:
@@ -239,7 +264,9 @@ def gather(features: np.ndarray | Tensor, index: np.ndarray | slice, device: tor
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values of features [M, D] (RankMe, arXiv 2210.02885)."""
+    """Exponential of the entropy of the normalised singular values of features [M, D] (RankMe, arXiv 2210.02885); NaN of what is not finite."""
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features.float() - features.float().mean(0))
     share = values / values.sum().clamp_min(1e-12) + 1e-12
     return float(torch.exp(-(share * share.log()).sum()))

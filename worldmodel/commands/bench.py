@@ -111,8 +111,9 @@ class Config:
     """share of its energy that a plan must gain by moving the gripper otherwise than the search began"""
     eager_margin: float = 0.1
     """the same where the last steps brought no progress"""
-    gripper: Literal["categorical", "gaussian"] = "categorical"
-    """how the gripper's action is drawn: as a choice of close, hold, open, or like the others"""
+    gripper: Literal["categorical", "gaussian"] | None = None
+    """how the last action, a gripper's, is drawn: as a choice of close, hold, open, or like the others (default: categorical; of an environment
+    that nobody here knows, gaussian)"""
     samples_z: int = 0
     """imagined futures of each candidate; 0: the one of the prior's mean"""
     energy: Literal["last", "sum"] | None = None
@@ -152,7 +153,7 @@ class Config:
     """instead of one benchmark all those of assets/suites/SUITE.yaml, as one table in OUT/table.md; takes --seed, --workers and --threads"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; planner, imitation, random or nothing act there, and where `envs.peers` knows it, expert.
-    Those that it does not know have a final goal only"""
+    Of one that `envs.adapt` has made already, give the id alone"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "threads", "max_steps", "samples", "iterations", "elites", "horizon", "replan"):
@@ -325,8 +326,8 @@ def resolved(config: Config) -> Config:
         raise ValueError("--policy imitation takes goals as pictures alone; leave out --goal-proprio")
     if config.policy == "imitation" and not model.holds(path, "policy"):
         raise ValueError(f"{path} has no policy that imitates: make one with `worldmodel imitate`")
-    if unknown:  # which has one goal, and no gripper to choose for
-        config = dataclasses.replace(config, goal="final", gripper="gaussian")
+    if config.gripper is None:
+        filled["gripper"] = "gaussian" if unknown else "categorical"
     cautious = config.policy in BUDGETS and model.holds(path, "hazard")
     if config.risk_weight and not cautious:
         raise ValueError(f"--risk-weight needs a planning policy, and a model with a hazard head, of `worldmodel train`; got {path}")
@@ -338,7 +339,7 @@ def resolved(config: Config) -> Config:
         filled["proprio_weight"] = 0.5 if config.task == "reach" else 2.0
     config = dataclasses.replace(config, **filled, model=path)
     if not config.subgoal_steps and config.goal == "subgoals":
-        steps = config.env.ready.subgoal_steps if config.env.ready else SUBGOAL_STEPS.get(config.task, ())
+        steps = SUBGOAL_STEPS.get(config.task, ()) if not config.env.id else config.env.ready.subgoal_steps if config.env.ready else ()
         config = dataclasses.replace(config, subgoal_steps=steps)
     return config
 

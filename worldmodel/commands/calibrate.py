@@ -53,11 +53,11 @@ class Config(bench.Config):
     has a limit"""
 
     def __post_init__(self):
-        super().__post_init__()
         if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime or self.record or self.suite or self.video:
             raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime, --record, --suite and --video")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
+        super().__post_init__()
         if not (0 < self.risk < 1 and 0 <= self.alarm < 1):
             raise ValueError(f"risk is {self.risk} and alarm {self.alarm}: expected more than 0, or of the alarm 0, and less than 1")
         least = 1 / min(rate for rate in (self.risk, self.alarm) if rate) - 1  # episodes that limits come from

@@ -71,7 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
         config = parse(args[0], module, rest, shared.preset)
         with contextlib.redirect_stdout(sys.stderr):  # of libraries that print: stdout is for the result
             result = module.run(config)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"worldmodel {args[0]}: interrupted {error}".rstrip() + "\n")
         return 1
     except Exception as error:
         return _fail(f"worldmodel {args[0]}", error, shared.debug_traceback)

@@ -16,6 +16,7 @@ from torch import nn
 
 import envs
 from envs import run
+from envs.base import ACTION_DIMS
 from envs.control import STEP_SECONDS
 from envs.foreign import make as make_foreign
 from envs.foreign import policy as foreign_policy
@@ -195,8 +196,10 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
     if encoder.views != len(config.cameras):
         raise ValueError(f"{config.model} looks through {encoder.views} cameras, got {', '.join(config.cameras)}; name as many")
     made = replace(made, image_size=encoder.image_size)
-    if getattr(world, "action_dim", made.action_dim) != made.action_dim:
-        made = replace(made, action_dim=world.action_dim)
+    if (planned := getattr(world, "action_dim", made.action_dim)) not in ACTION_DIMS:
+        raise ValueError(f"{config.model} plans actions of {planned} numbers, and is of another robot than this project's: name its environment, --env.id")
+    if planned != made.action_dim:
+        made = replace(made, action_dim=planned)
     return made
 
 
