@@ -116,4 +116,6 @@ def report(result: dict) -> str:
         if key.startswith("open_loop/"):
             h = key.split("/")[1]
             lines.append(f"{h:>7}  {value:9.4f}  {result[f'copy/{h}']:22.4f}")
+    made = "hazard_auroc" in result
+    lines.append(f"hazard head: area under the ROC curve {result['hazard_auroc']:.3f}" if made else "no hazard head: not all episodes say what was unsafe")
     return "\n".join(lines)
