@@ -294,9 +294,7 @@ def report(result: dict) -> str:
         f"let go {_percent(result['let_go_and_wrong'])} that went wrong, {_percent(result['episode_risk'])} of an episode's in the mean; held at {result['abstention_rate']:.1%} of the steps; "
         f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
-        "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians; m)"
-        if result["object"]
-        else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians)",
+        "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians{'; m' if result['object'] else ''})",
         "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile"
         + ("" if result["late_rate"] is None else f"; one at {result['decided_rate']:.1%} of the steps; {result['late_rate']:.1%} began while one was late"),
         "out": result["out"],

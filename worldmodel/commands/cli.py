@@ -118,13 +118,7 @@ def shared(config, recipe: type) -> dict[str, typing.Any]:
 
 def told(command: str, fields: dict[str, typing.Any]) -> str:
     """The line that gives a command these fields; those of a nested Config as a dictionary."""
-    words = ["worldmodel", command]
-    for name, value in _flat(fields).items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return shlex.join(words)
+    return shlex.join(["worldmodel", command, *_flags(_flat(fields))])
 
 
 def presets(command: str) -> list[str]:
@@ -191,16 +185,23 @@ def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> l
         path, values = whole, _part(command, whole, known)
     else:
         raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets(command)) or 'none'}, and paths of .yaml files")
-    flags = []
-    for name, value in _flat(values).items():
+    flat = _flat(values)
+    for name in flat:
         if name not in known:
             raise ValueError(f"{path} has unknown key {name.replace('-', '_')!r}; known are "
                              f"{', '.join(known).replace('-', '_')}")  # fmt: skip
+    return _flags(flat)
+
+
+def _flags(values: dict[str, object]) -> list[str]:
+    """Values by the names of flags, those of a nested Config as outer.inner, as the flags that say so."""
+    flags = []
+    for name, value in values.items():
         if isinstance(value, bool):
-            head, _, last = name.rpartition(".")
-            flags.append("--" + (f"{head}." if head else "") + ("" if value else "no-") + last)
+            head, dot, last = name.rpartition(".")
+            flags.append(f"--{head}{dot}{last if value else f'no-{last}'}")
         else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return flags
 
 
