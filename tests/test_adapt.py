@@ -306,6 +306,11 @@ def test_from_collect_to_bench(tmp_path, capsys):
     bench = "bench", *env, "--episodes", 2, "--max-steps", 3, "--seed", 50, "--samples", 4, "--elites", 2, "--iterations", 1
     assert call(*bench, "--model", model / "model.safetensors", "--video", 1, "--out", tmp_path / "bench") == 0
     assert "Dot-v0" in capsys.readouterr().out and (tmp_path / "bench" / "episode-50.webp").exists()
+    limits, few = tmp_path / "limits.safetensors", ("--samples", 4, "--elites", 2, "--iterations", 1, "--max-steps", 3, "--model", model / "model.safetensors")
+    assert call("calibrate", *env, *few, "--episodes", 6, "--risk", 0.5, "--alarm", 0.5, "--out", limits) == 0
+    assert "0 of" in (told := capsys.readouterr().out) and "none       -" in told  # of what never goes wrong nobody can tell when it does
+    assert call(*bench, "--model", model / "model.safetensors", "--gate", "on", "--calibration", limits, "--out", tmp_path / "gated") == 0
+    assert "gate      refused" in capsys.readouterr().out
     assert call(*bench, "--policy", "random", "--out", tmp_path / "random") == 0
     assert call(*bench, "--policy", "expert", "--out", tmp_path / "no") == 2
     assert call(*bench, "--out", tmp_path / "no") == 2

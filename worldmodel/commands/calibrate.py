@@ -53,8 +53,8 @@ class Config(bench.Config):
     has a limit"""
 
     def __post_init__(self):
-        if self.gate != "off" or self.policy not in bench.BUDGETS or self.env.id or self.trajectory or self.realtime or self.record or self.suite or self.video:
-            raise ValueError("limits come from a planner's decisions without a gate, in a task of the robot: leave --gate, --policy, --env, --trajectory, --realtime, --record, --suite and --video")
+        if self.gate != "off" or self.policy not in bench.BUDGETS or self.trajectory or self.realtime or self.record or self.suite or self.video:
+            raise ValueError("limits come from a planner's decisions without a gate: leave --gate, --policy, --trajectory, --realtime, --record, --suite and --video")
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
         super().__post_init__()
@@ -83,7 +83,10 @@ def run(config: Config) -> dict:
     try:
         player.begin(config.seed)  # notices what is wrong before anything takes long
         if getattr(player.model, "hazard", None) is None:
-            raise ValueError(f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one")
+            raise ValueError(
+                f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one of data in which each episode says "
+                "what was unsafe"
+            )
         seeds, first = range(config.seed, config.seed + config.episodes), _first(config.episodes)
         density = Density.fit(torch.cat(_each(_usual, played, None, seeds[:first], "what is usual")))
         episodes = _each(_decisions, played, density, seeds[first:], "limits")
@@ -175,8 +178,8 @@ def _decisions(config: bench.Config, density: Density, seed: int) -> list[dict]:
 def report(result: dict) -> str:
     """The limits, and what they did here, in words."""
     rows = [f"{'signal':10}{'limit':>10}{'AUROC':>8}"]
-    limit = lambda value: f"{value:.4g}" if np.isfinite(value) else "none"  # noqa: E731
-    rows += [f"{name:10}{limit(result['limits'][name]):>10}{result['auroc'][name]:8.2f}" for name in SIGNALS]
+    told = lambda value, form, none: format(value, form) if np.isfinite(value) else none  # noqa: E731
+    rows += [f"{name:10}{told(result['limits'][name], '.4g', 'none'):>10}{told(result['auroc'][name], '.2f', '-'):>8}" for name in SIGNALS]
     return "\n".join(
         [
             *rows,
