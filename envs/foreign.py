@@ -8,7 +8,7 @@ the episode, so that it can be reached.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -237,6 +237,20 @@ class Adapted(gym.Env):
         info = self._info(seen, info, unsafe)
         ends = terminated or self._stops and info["success"]
         return seen, reward, bool(ends), truncated or self._steps >= self.max_steps, info
+
+    def attempt(self, plan: np.ndarray, drawn: Container[int]) -> list[dict[str, np.ndarray]]:
+        """What would be seen after each action of a plan [H, A], with pixels where `drawn` says so; the present state stays as it was.
+
+        Only where `envs.peers` knows how. Raises AttributeError elsewhere.
+        """
+        self._draw_here()
+        seen = []
+        with self.env.tried() as settle:
+            for h, action in enumerate(plan):
+                obs = self._repeat(action.clip(-1, 1))[0]
+                settle()
+                seen.append(self._observe(obs, h in drawn))
+        return seen
 
     def render(self) -> np.ndarray:
         """The picture uint8 [image_size, image_size, 3]."""

@@ -13,6 +13,7 @@ the block there, held, and the first of two sub-goals one with the block held wh
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,28 @@ def _undone(model: Any, data: Any) -> Iterator[None]:
         mujoco.mj_setState(model, data, before, kind)
         mujoco.mj_forward(model, data)
         mujoco.mj_setState(model, data, before, kind)  # mj_forward has touched the warm start
+
+
+@contextlib.contextmanager
+def tried(env: gym.Env, model: Any, data: Any, settle: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Steps of an environment are undone in the end: all of MuJoCo's data, and numbers and arrays that its layers keep beside it.
+
+    Gives what is to be called after each step.
+    """
+    import mujoco
+
+    layers = [env]
+    while layers[-1] is not env.unwrapped:
+        layers.append(layers[-1].env)
+    plain = (bool, int, float, np.ndarray, type(None))
+    kept = [{name: copy.copy(value) for name, value in vars(layer).items() if isinstance(value, plain)} for layer in layers]
+    before = copy.copy(data)  # with what follows from the state, which hands that hang on a moving point read before a step
+    try:
+        yield settle
+    finally:
+        mujoco.mj_copyData(data, model, before)
+        for layer, values in zip(layers, kept):
+            vars(layer).update(values)
 
 
 def coarsen(model: Any, grain: float) -> None:
@@ -96,6 +119,13 @@ class Fetch(gym.Wrapper):
             self._told = float(np.sign(action[-1]))
         obs, reward, terminated, truncated, info = self.env.step(np.append(action[:-1], self._told).astype(np.float32))
         return obs, reward, terminated, truncated, info | self._privileged(obs)
+
+    def tried(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Steps inside are undone in the end; after each, one settles what a picture of it would have settled."""
+        import mujoco
+
+        model, data = self._own.model, self._own.data
+        return tried(self, model, data, lambda: mujoco.mj_forward(model, data))  # as its `render` does
 
     def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The block held where it lies, and where it is to be; the present state stays exactly as it was."""
@@ -220,6 +250,10 @@ class Cube(gym.Wrapper):
             self._own._renderer.close()
             self._own._renderer = None
         self.env.close()
+
+    def tried(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Steps inside are undone in the end; pictures settle nothing here."""
+        return tried(self, self._own._model, self._own._data, lambda: None)
 
     def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The cube held where it lies, held at its target, and the benchmark's goal; the present state stays as it was."""

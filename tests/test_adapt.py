@@ -410,6 +410,33 @@ def test_an_expert_plays_the_tasks_of_ogbench(cube):
     assert info["success"] and np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) <= 0.04
 
 
+def try_out(env):
+    """What is tried leaves no trace, and comes true."""
+    env.reset(seed=4)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        env.step(rng.uniform(-1, 1, env.action_space.shape))
+    plans = rng.uniform(-1, 1, (3, 3, *env.action_space.shape))
+    plans[:, 0, -1] = -1.0  # the gripper is told anew
+    before = env.render()
+    tried = [env.attempt(plan, (2,)) for plan in plans]
+    assert np.array_equal(env.render(), before) and [set(seen) for seen in tried[0]] == [{"proprio"}] * 2 + [{"pixels", "proprio"}]
+    assert np.abs(tried[0][-1]["proprio"] - tried[1][-1]["proprio"]).max() > 0.01
+    for h, action in enumerate(plans[1]):
+        obs = env.step(action)[0]
+        np.testing.assert_allclose(obs["proprio"], tried[1][h]["proprio"], atol=1e-6)
+    assert np.abs(obs["pixels"].astype(int) - tried[1][-1]["pixels"]).mean() < 0.5
+
+
+def test_plans_are_tried_in_fetch(fetch):
+    try_out(fetch)
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered:UserWarning")
+def test_plans_are_tried_in_ogbench(cube):
+    try_out(cube)
+
+
 def test_coarser_meshes_look_and_move_the_same():
     """A ball of 20 cm drawn with a fifth of its faces: as large, as round, and falling as before."""
     xml = """<mujoco><asset><mesh name="ball" builtin="sphere" params="4" scale=".1 .1 .1"/></asset><worldbody><light pos="1 0 2"/>

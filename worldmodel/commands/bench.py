@@ -152,7 +152,7 @@ class Config:
     suite: str | None = None
     """instead of one benchmark all those of assets/suites/SUITE.yaml, as one table in OUT/table.md; takes --seed, --workers and --threads"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; planner, imitation, random or nothing act there, and where `envs.peers` knows it, expert.
+    """an environment of others instead of the robot; planner, imitation, random or nothing act there, and where `envs.peers` knows it, expert and simulator.
     Of one that `envs.adapt` has made already, give the id alone"""
 
     def __post_init__(self):
@@ -184,10 +184,10 @@ class Config:
         others = [f.name for f in dataclasses.fields(self) if f.name not in RECORDING and getattr(self, f.name) != f.default]
         if self.trajectory and others:
             raise ValueError(f"--trajectory takes --{', --'.join(RECORDING[2:])}, and no --{others[0].replace('_', '-')}: each step is planned one step ahead")
-        able = FOREIGN + (("expert",) if self.env.ready else ())
+        able = FOREIGN + (("expert", "simulator") if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
-        if self.env.id and self.policy in ("planner", "imitation") and self.model is None:
+        if self.env.id and self.policy in TOLD and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
 

@@ -126,6 +126,8 @@ class Player:
             return Imitator(world, config.subgoal_steps, config.stray)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
+            if not hasattr(self.model, "predictor"):
+                raise ValueError(f"{config.model} is an encoder: of {config.env.id} give a model, which knows how proprioception spreads")
             scale = tuple((2 * self.model.predictor.proprio_std).tolist())
         energy = EnergyConfig(config.distance, config.energy, proprio_weight=config.proprio_weight, proprio_scale=scale)
         names = ("samples", "iterations", "elites", "std", "fine", "hold", "margin", "eager_margin", "gripper")

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 import envs
+from envs.foreign import Adapted
 from worldmodel.interface import Context, Encoder, Features, Obs, Suggestion, WorldModel, to_tensor
 
 
 class SimulatorModel:
-    """Tries every candidate in a copy of an environment, from its present state, and encodes what the copy shows.
+    """Tries every candidate from an environment's present state, and encodes what is to be seen then.
 
-    `env` is the one that is being controlled; it is read, never touched. With frames "last" only the last frame of each
+    `env` is the one that is being controlled. Ours is read, never touched: what is tried, a copy does. One of others that
+    `envs.peers` knows does it itself, and undoes it. With frames "last" only the last frame of each
     candidate is drawn and encoded, the others are NaN: for an energy that looks at nothing else. z is ignored.
     """
 
@@ -31,11 +33,11 @@ class SimulatorModel:
     max_context = 2  # which a hazard head looks at; the dynamics need none
 
     def __init__(
-        self, encoder: Encoder, env: envs.PandaEnv, frames: Literal["all", "last"] = "all", model: WorldModel | None = None
+        self, encoder: Encoder, env: envs.PandaEnv | Adapted, frames: Literal["all", "last"] = "all", model: WorldModel | None = None
     ) -> None:
         self.encoder, self.env, self.frames, self.model = encoder, env, frames, model
-        self.action_dim = env.config.action_dim
-        self.copy = envs.make(replace(env.config, render_goals=False))
+        self.action_dim = env.action_space.shape[0]
+        self.copy = None if isinstance(env, Adapted) else envs.make(replace(env.config, render_goals=False))
 
     def encode(self, obs: Obs) -> Features:
         """As `model` does, if there is one; else patch features of obs["pixels"], and obs["proprio"] where it is there."""
@@ -81,10 +83,14 @@ class SimulatorModel:
 
     def close(self) -> None:
         """Free the copy's GL context."""
-        self.copy.close()
+        if self.copy is not None:
+            self.copy.close()
 
     def _try(self, plans: np.ndarray, drawn: range) -> tuple[np.ndarray, np.ndarray]:
         """Run plans [N, H, A]: the pixels [N, len(drawn), h, w, 3] of the steps to draw, and proprio [N, H, S]."""
+        if self.copy is None:
+            seen = [self.env.attempt(plan, drawn) for plan in plans]
+            return np.array([[one[h]["pixels"] for h in drawn] for one in seen]), np.array([[frame["proprio"] for frame in one] for one in seen])
         copy, state = self.copy, self.env.get_state()
         pixels, proprio = [], []
         for plan in plans:
