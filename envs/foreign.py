@@ -19,6 +19,7 @@ from envs.peers import READY, Ready
 
 _PIXELS, _PROPRIO = ("pixels", "image", "rgb"), ("proprio", "observation", "state", "agent_pos")  # keys of a dict, by turns
 _SUCCESS = ("success", "is_success")  # what an environment may call it in info
+_IN_ADAPT = ", in envs.adapt; for the command line in a module of yours, that --env.id module:Name-v0 names"
 _TRIES = 20  # goals that are drawn until one is far enough
 
 Obs = Mapping[str, np.ndarray]
@@ -87,13 +88,22 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
     own: dict[str, Any] = {"stop_on_success": stop_on_success, "goals": goals}
     try:
         if isinstance(env.unwrapped, Adapted):
-            return env.unwrapped.again(config, image_size, max_steps, **own)
+            return _bare(env, config.id).again(config, image_size, max_steps, **own)
         if ready is not None:
             env, own["proprio"], own["goal"] = ready.wrap(env, config.least), ready.proprio, lambda env, obs, info: env.goals(info)
         return adapt(env, config, image_size, max_steps, **own)
     except BaseException:
         env.close()
         raise
+
+
+def _bare(env: gym.Env, id: str) -> Adapted:
+    """An adapted environment without the checks that gym.make puts around it. Raises ValueError where there is more, which would be lost."""
+    while not isinstance(env, Adapted):
+        if type(env).__name__ not in ("PassiveEnvChecker", "OrderEnforcing"):
+            raise ValueError(f"{id} has {type(env).__name__} around what `adapt` made: put it around the environment that is adapted")
+        env = env.env
+    return env
 
 
 def _word(word: str) -> tuple[str, Any]:
@@ -331,10 +341,10 @@ class Adapted(gym.Env):
     def _as_goal(self, made: Obs) -> dict[str, np.ndarray]:
         """A goal that somebody gave, as one of our observations."""
         if not isinstance(made, Mapping) or "pixels" not in made:
-            told = f"keys {', '.join(map(str, made))}" if isinstance(made, Mapping) else type(made).__name__
-            raise ValueError(f"the goal is {told}: expected {{'pixels': [h, w, 3]}} and where it is known 'proprio' [S], a list of these, or a function that returns it")
+            what = f"keys {', '.join(map(str, made))}" if isinstance(made, Mapping) else type(made).__name__
+            raise ValueError(f"the goal is {what}: expected {{'pixels': [h, w, 3]}} and where it is known 'proprio' [S], a list of these, or a function that returns it")
         goal = {"pixels": self._fit(made["pixels"])}
-        if "proprio" in made:
+        if made.get("proprio") is not None:
             goal["proprio"], own = np.asarray(made["proprio"], np.float32), self.observation_space["proprio"].shape
             if goal["proprio"].shape != own or not np.isfinite(goal["proprio"]).all():
                 raise ValueError(f"the goal's proprio is {made['proprio']}: expected {list(own)} finite numbers, as observations have; or leave it out")
@@ -355,7 +365,7 @@ class Adapted(gym.Env):
                 if key in obs:
                     return obs[key]
             if others := [key for key in obs if np.ndim(obs[key]) == 3]:
-                raise ValueError(f"the observation has pictures under {', '.join(map(str, others))}: say which, pixels=lambda obs: obs[{others[0]!r}]")
+                raise ValueError(f"the observation has pictures under {', '.join(map(str, others))}: say which, pixels=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}")
         elif np.ndim(obs) == 3:
             return obs
         picture = self.env.render()
@@ -381,7 +391,7 @@ class Adapted(gym.Env):
             others = [key for key in obs if np.ndim(obs[key]) == 1] if isinstance(obs, Mapping) else []
             if others:
                 raise ValueError(
-                    f"the observation has numbers under {', '.join(map(str, others))}: say which are the robot's own, proprio=lambda obs: obs[{others[0]!r}]"
+                    f"the observation has numbers under {', '.join(map(str, others))}: say which are the robot's own, proprio=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}"
                 )
             state = np.zeros(1)
         if self.config.proprio and self._told.proprio is None:

@@ -115,7 +115,7 @@ class Agent:
         goals = [checked(g, "goal", shape) for g in goals]
         wanted, course = [self.model.encode(g) for g in goals], Course(self.config, len(goals))
         generator = torch.Generator().manual_seed(seed)
-        self._pursue(wanted, [("proprio" in g) for g in goals], None)
+        self._pursue(wanted, ["proprio" in g for g in goals], None)
         self._shape, self._course, self._generator = shape, course, generator
         self._past = Past(self.model, self.config.readings)
         self._answer = self.fallback  # what runs until the next observation
@@ -160,7 +160,7 @@ class Agent:
         self._observe(self._past.context())
         self._expected = None  # was of this observation, and the gate is asked about the next one
         self._age += 1  # a step of the plan has passed
-        self._course.step(True)
+        self._course.step(self._holds == 0)
 
     def _take_in(self, obs: Obs, ran: np.ndarray | None) -> None:
         if self._past is None:
@@ -170,8 +170,9 @@ class Agent:
         if not np.array_equal(ran, self._answer):
             self._expected = None
         self._past.take_in(seen, ran)
-        if self._past.off is not None and not all(self._known):
-            self._pursue(self._wanted, self._known, self._past.off)
+        off = None if all(self._known) else self._past.off
+        if off is not None:
+            self._pursue(self._wanted, self._known, off)
 
     def _action(self, action: np.ndarray, what: str) -> np.ndarray:
         """An action float32 [A] from outside; raises ValueError where it is none."""

@@ -159,8 +159,9 @@ class _Shared:
         """Results of tasks that ask this model; raises the first error of any once all are over."""
         self._joint.clear()
         threads = torch.get_num_threads()
-        turns = [_Turn(task) for task in tasks]
+        turns: list[_Turn] = []
         try:
+            turns.extend(_Turn(task) for task in tasks)
             asking = [turn for turn in turns if turn.go_on()]
             while asking:
                 alike: dict[tuple, list[_Turn]] = {}

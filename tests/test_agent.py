@@ -193,6 +193,13 @@ def test_steps_without_a_decision_use_up_the_budget():
             obs = world.step(agent.act(obs))
             turns.append(agent.last.subgoal)
     assert turns == [0, 0, 1, 1, 1, 2]  # at steps 0, 3, 6, 9, 12, 15
+    holding = agent_of(config=AgentConfig(subgoal_steps=(2, 1, 1)), gate=Refusing())
+    holding.reset(FAR)
+    holding.act(obs)
+    for _ in range(5):
+        holding.watch(obs, np.zeros(2, np.float32))
+    holding.act(obs)
+    assert holding.last.subgoal == 0
 
 
 

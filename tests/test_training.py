@@ -167,6 +167,7 @@ def test_collapse_fails_loudly(data, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoEncoder, "encode", lambda self, pixels: torch.zeros(len(pixels), 9, 24))
     with pytest.raises(RuntimeError, match="collapsed: spread 0.0000"):
         pretrain(recipe(steps=1001), data, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()  # it did not go on to the end
 
 
 def test_folders_and_settings_are_guarded(data, tmp_path):

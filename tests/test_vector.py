@@ -144,7 +144,7 @@ def test_an_interrupt_leaves_no_thread_behind(world):
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before and torch.get_num_threads() == threads
+    assert threading.active_count() <= before and torch.get_num_threads() == threads
 
 
 def test_what_is_held_is_told_of_each(world):

@@ -25,7 +25,7 @@ def check_world_model(model: WorldModel, obs: Obs, tolerance: float = 1e-3) -> N
     except KeyError as error:
         raise AssertionError(f"encode(...) needs {error}: goals may be pictures alone, whose proprio is None, or read off them") from error
     assert torch.equal(alone.patches, now.patches), "encode(...) of a picture alone, as goals are, gives other patches"
-    if now.proprio is not None:
+    if now.proprio is not None and "proprio" in obs:
         known = [tuple(x.shape) for x in (now.proprio, alone.proprio) if x is not None]
         assert set(known) == {np.shape(obs["proprio"])}, f"proprio of one picture has shapes {known}: expected [S] = {list(np.shape(obs['proprio']))}, or None"
     secret = model.encode({**obs, "privileged/object_pos": np.full(3, 1e9, np.float32)})

@@ -170,8 +170,10 @@ def read_recipe(folder: Path) -> dict:
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and run its collect command again") from None
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or not {"command", "config", "episodes", "checksums"} <= recipe.keys():
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}; collect the dataset again with this version")
+    if missing := [key for key in ("command", "config", "episodes", "checksums") if key not in recipe]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; write it with worldmodel.data.write_recipe, or collect the dataset again")
     return recipe
 
 

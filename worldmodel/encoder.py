@@ -49,7 +49,7 @@ class EncoderConfig:
         if self.resize and (self.resize < self.image_size or self.views != 1):
             raise ValueError(f"resize is {self.resize}: expected at least image_size {self.image_size}, and a single view")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; give another patch_size, as {_divisor(self.image_size, self.patch_size)}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; give a patch_size that divides it")
         head_dim, rest = divmod(self.embed_dim, self.num_heads)
         if rest or head_dim < 6 or head_dim % 2:
             raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of an even size of at least 6")
@@ -79,11 +79,6 @@ class EncoderConfig:
                 "crop them, or pretrain an encoder for them"
             )
         return pixels[..., : self.views * self.image_size, :]
-
-
-def _divisor(size: int, near: int) -> int:
-    """The divisor of a size that is nearest to a number."""
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - near))
 
 
 def positions(steps: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -69,6 +69,8 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         with owned(self.out, self.kind) as folder:
+            if not self.step and self.file.exists():
+                raise FileExistsError(f"another process has trained in {folder} meanwhile; choose another --out")
             remove_leftovers(folder)
             yield from self._trained()
 
@@ -97,7 +99,7 @@ class Run:
             self.save()
         self._writer.close()
         bar.close()
-        if told and not self.done:
+        if told:
             raise KeyboardInterrupt(f"after step {self.step} of {self.steps}, which is kept: the same command with --resume goes on")
 
     def log(self, **values: float) -> None:
@@ -150,7 +152,8 @@ class Run:
 def _told_to_stop() -> Iterator[list[int]]:
     """Becomes true with the first Ctrl-C, so that a step can be ended; the second one interrupts as ever."""
     told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone is told
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):  # who alone is told; who is to ignore it
         yield told
         return
 
@@ -158,7 +161,7 @@ def _told_to_stop() -> Iterator[list[int]]:
         told.append(number)
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield told
     finally:

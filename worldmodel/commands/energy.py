@@ -88,8 +88,7 @@ def run(config: Config) -> dict:
     import torch
 
     from planners.sampling import VJEPA2_AC, SamplingPlanner
-    from worldmodel import hub
-    from worldmodel import files
+    from worldmodel import files, hub
     from worldmodel.model import shipped
     from worldmodel.vjepa2_ac import change
 

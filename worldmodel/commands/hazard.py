@@ -43,8 +43,7 @@ def run(config: Config) -> dict:
     """Train, and return where the model is and what the head is worth on held-out episodes."""
     import torch
 
-    from worldmodel import model
-    from worldmodel import files
+    from worldmodel import files, model
     from worldmodel.data import Dataset
     from worldmodel.encoder import usable
     from worldmodel.hazard import LABEL

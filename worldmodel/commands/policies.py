@@ -136,7 +136,7 @@ class Player:
         if simulated:
             known = isinstance(self.model, model.LatentModel)
             encoder = self.model.encoder if known else self.model
-            judged = getattr(self.model, "hazard", None) is not None  # by the cost, or by a gate: each step
+            judged = getattr(self.model, "hazard", None) is not None  # each step, by the cost or by a gate, which `calibrate` puts in later
             drawn = "last" if config.energy == "last" and not judged else "all"
             world = SimulatorModel(encoder, self.env, drawn, self.model if known else None)
         look = AgentConfig(

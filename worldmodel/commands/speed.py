@@ -81,7 +81,7 @@ def run(config: Config) -> dict:
 
 
 def _timed(config: Config) -> dict:
-    """Time everything."""
+    """What speed.json holds."""
     import torch
 
     from worldmodel.commands.policies import Player

@@ -6,6 +6,7 @@ in one file, what --model takes) at the end, and on the way checkpoints, metrics
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,6 +117,10 @@ def report(result: dict) -> str:
         if key.startswith("open_loop/"):
             h = key.split("/")[1]
             lines.append(f"{h:>7}  {value:9.4f}  {result[f'copy/{h}']:22.4f}")
-    made = "hazard_auroc" in result
-    lines.append(f"hazard head: area under the ROC curve {result['hazard_auroc']:.3f}" if made else "no hazard head: not all episodes say what was unsafe")
+    if "hazard_auroc" not in result:
+        lines.append("no hazard head: not all episodes say what was unsafe")
+    elif math.isfinite(result["hazard_auroc"]):
+        lines.append(f"hazard head: area under the ROC curve {result['hazard_auroc']:.3f}")
+    else:
+        lines.append("hazard head: nothing was unsafe, or everything, so what it is worth is not known")
     return "\n".join(lines)
