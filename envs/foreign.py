@@ -342,7 +342,9 @@ class Adapted(gym.Env):
         """A goal that somebody gave, as one of our observations."""
         if not isinstance(made, Mapping) or "pixels" not in made:
             what = f"keys {', '.join(map(str, made))}" if isinstance(made, Mapping) else type(made).__name__
-            raise ValueError(f"the goal is {what}: expected {{'pixels': [h, w, 3]}} and where it is known 'proprio' [S], a list of these, or a function that returns it")
+            raise ValueError(
+                f"the goal is {what}: expected {{'pixels': [h, w, 3]}}, and where it is known 'proprio' [S], a list of these, or a function that returns it"
+            )
         goal = {"pixels": self._fit(made["pixels"])}
         if made.get("proprio") is not None:
             goal["proprio"], own = np.asarray(made["proprio"], np.float32), self.observation_space["proprio"].shape
@@ -365,7 +367,8 @@ class Adapted(gym.Env):
                 if key in obs:
                     return obs[key]
             if others := [key for key in obs if np.ndim(obs[key]) == 3]:
-                raise ValueError(f"the observation has pictures under {', '.join(map(str, others))}: say which, pixels=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}")
+                names = ", ".join(map(str, others))
+                raise ValueError(f"the observation has pictures under {names}: say which, pixels=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}")
         elif np.ndim(obs) == 3:
             return obs
         picture = self.env.render()
@@ -390,8 +393,9 @@ class Adapted(gym.Env):
         else:
             others = [key for key in obs if np.ndim(obs[key]) == 1] if isinstance(obs, Mapping) else []
             if others:
+                names = ", ".join(map(str, others))
                 raise ValueError(
-                    f"the observation has numbers under {', '.join(map(str, others))}: say which are the robot's own, proprio=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}"
+                    f"the observation has numbers under {names}: say which are the robot's own, proprio=lambda obs: obs[{others[0]!r}]{_IN_ADAPT}"
                 )
             state = np.zeros(1)
         if self.config.proprio and self._told.proprio is None:

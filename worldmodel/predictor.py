@@ -53,7 +53,7 @@ class PredictorConfig:
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}; give --merge 1, or pictures of other sizes")
         if self.embed_dim % (2 * self.num_heads):
-            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of an even size; expected a multiple of {2 * self.num_heads}")
+            raise ValueError(f"embed_dim {self.embed_dim} does not split into {self.num_heads} heads of an even size")
 
 
 class ModulatedBlock(nn.Module):

@@ -291,7 +291,8 @@ def report(result: dict) -> str:
         "gate": ""
         if result["abstention_rate"] is None
         else f"refused {_percent(result['refusal_rate'])} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
-        f"let go {_percent(result['let_go_and_wrong'])} that went wrong, {_percent(result['episode_risk'])} of an episode's in the mean; held at {result['abstention_rate']:.1%} of the steps; "
+        f"let go {_percent(result['let_go_and_wrong'])} that went wrong, {_percent(result['episode_risk'])} of an episode's in the mean; "
+        f"held at {result['abstention_rate']:.1%} of the steps; "
         f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
         "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians{'; m' if result['object'] else ''})",

@@ -54,7 +54,9 @@ class Config(bench.Config):
 
     def __post_init__(self):
         if self.gate != "off" or self.policy not in bench.BUDGETS or self.trajectory or self.realtime or self.record or self.suite or self.video:
-            raise ValueError("limits come from a planner's decisions without a gate: leave --gate, --policy, --trajectory, --realtime, --record, --suite and --video")
+            raise ValueError(
+                "limits come from a planner's decisions without a gate: leave --gate, --policy, --trajectory, --realtime, --record, --suite and --video"
+            )
         if self.episodes < 3:
             raise ValueError(f"episodes is {self.episodes}, expected at least 3")
         super().__post_init__()
