@@ -56,7 +56,8 @@ def tried(env: gym.Env, model: Any, data: Any, settle: Callable[[], None]) -> It
     layers = [env]
     while layers[-1] is not env.unwrapped:
         layers.append(layers[-1].env)
-    plain = (bool, int, float, np.ndarray, type(None))
+    plain = (bool, int, float, np.ndarray)
+    layers = [layer for layer in layers if not isinstance(layer, gym.wrappers.PassiveEnvChecker)]  # which counts calls
     kept = [{name: copy.copy(value) for name, value in vars(layer).items() if isinstance(value, plain)} for layer in layers]
     before = copy.copy(data)  # with what follows from the state, which hands that hang on a moving point read before a step
     try:

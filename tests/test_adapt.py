@@ -418,6 +418,8 @@ def try_out(env):
     """What is tried leaves no trace, and comes true."""
     env.reset(seed=4)
     rng = np.random.default_rng(0)
+    first = env.attempt(rng.uniform(-1, 1, (2, *env.action_space.shape)), ())  # before anything else
+    assert len(first) == 2
     for _ in range(3):
         env.step(rng.uniform(-1, 1, env.action_space.shape))
     plans = rng.uniform(-1, 1, (3, 3, *env.action_space.shape))
