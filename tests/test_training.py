@@ -198,7 +198,15 @@ def test_two_trainings_do_not_share_a_folder(data, tmp_path):
     assert pretrain(recipe(), data, tmp_path / "run", resume=True) is not None
 
 
-def test_an_interrupt_ends_the_step_and_is_gone_on_from(data, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """As in a terminal; what a script runs in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_step_and_is_gone_on_from(data, tmp_path, monkeypatch, interruptible):
     whole = pretrain(recipe(), data, tmp_path / "whole")
     seen = []
 
@@ -208,14 +216,17 @@ def test_an_interrupt_ends_the_step_and_is_gone_on_from(data, tmp_path, monkeypa
         seen.append(momentum)
         return follow(self, momentum)
 
-    follow, before = Pretraining.follow, signal.getsignal(signal.SIGINT)
+    follow = Pretraining.follow
     monkeypatch.setattr(Pretraining, "follow", interrupted)
     with pytest.raises(KeyboardInterrupt, match="after step 3 of 6, which is kept: the same command with --resume"):
         pretrain(recipe(), data, tmp_path / "parts")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     path = pretrain(recipe(), data, tmp_path / "parts", resume=True)
     a, b = load_tensors(whole, "encoder")[0], load_tensors(path, "encoder")[0]
     assert len(seen) == 6 and all(torch.equal(a[k], b[k]) for k in a)
+    seen.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert pretrain(recipe(), data, tmp_path / "ignored") is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("steps", [5, 40])
