@@ -46,7 +46,7 @@ def _undone(model: Any, data: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tried(env: gym.Env, model: Any, data: Any, settle: Callable[[], None]) -> Iterator[Callable[[], None]]:
+def _tried(env: gym.Env, model: Any, data: Any, settle: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Steps of an environment are undone in the end: all of MuJoCo's data, and numbers and arrays that its layers keep beside it.
 
     Gives what is to be called after each step.
@@ -126,7 +126,7 @@ class Fetch(gym.Wrapper):
         import mujoco
 
         model, data = self._own.model, self._own.data
-        return tried(self, model, data, lambda: mujoco.mj_forward(model, data))  # as its `render` does
+        return _tried(self, model, data, lambda: mujoco.mj_forward(model, data))  # as its `render` does
 
     def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The block held where it lies, and where it is to be; the present state stays exactly as it was."""
@@ -254,7 +254,7 @@ class Cube(gym.Wrapper):
 
     def tried(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Steps inside are undone in the end; pictures settle nothing here."""
-        return tried(self, self._own._model, self._own._data, lambda: None)
+        return _tried(self, self._own._model, self._own._data, lambda: None)
 
     def goals(self, info: Mapping[str, Any]) -> list[Obs]:
         """The cube held where it lies, held at its target, and the benchmark's goal; the present state stays as it was."""
