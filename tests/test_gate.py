@@ -12,6 +12,7 @@ from planners.interface import Plan, Seen
 from worldmodel import model
 from worldmodel.commands import abstention, calibrate, cli
 from worldmodel.commands.actors import RandomGate
+from worldmodel.density import Density
 from worldmodel.interface import Features
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -82,6 +83,11 @@ def test_each_signal_has_its_own_limit_and_is_named():
     assert judged(SafetyGate(Limits(hazard=0.41, surprise=0.31, doubt=1.0, novelty=6.1), hazard, novelty), futures(k=2), expected=expected).go
     with pytest.raises(ValueError, match="the limit of doubt is 0"):
         Limits(doubt=0.0)
+
+
+def test_what_is_usual_for_another_model_is_told_apart_by_its_size():
+    with pytest.raises(ValueError, match=r"expected features of \[3, 4\].*got \[3, 5\]; fit or calibrate it with this model"):
+        judged(SafetyGate(Limits(novelty=1.0), novelty=Density(torch.zeros(3, 4), torch.ones(3, 4))))
 
 
 def test_conformal_limits_hold_on_fresh_scores():

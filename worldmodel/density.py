@@ -28,7 +28,13 @@ class Density:
         return cls(patches.mean(0), patches.std(0).clamp_min(0.05))
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """Mean squared deviation [...] of the worst patches of features [..., P, D], in the data's own; 1 is usual."""
+        """Mean squared deviation [...] of the worst patches of features [..., P, D], in the data's own; 1 is usual.
+
+        Raises ValueError for features of another size.
+        """
+        if patches.shape[-2:] != self.mean.shape:
+            own, came = list(self.mean.shape), list(patches.shape[-2:])
+            raise ValueError(f"expected features of {own}, as of the pictures that it was fit to, got {came}; fit or calibrate it with this model")
         off = ((patches - self.mean.to(patches)) / self.std.to(patches)).square().mean(-1)
         return off.topk(min(WORST, off.shape[-1]), -1)[0].mean(-1)
 
