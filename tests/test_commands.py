@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from worldmodel import data
-from worldmodel.commands import cli, collect
+from worldmodel.commands import cli, collect, workers
 from worldmodel.model import load
 
 ROOT = Path(__file__).parent.parent
@@ -189,6 +189,15 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     there = set(os.listdir(tmp_path / "set"))
     time.sleep(1.0)
     assert set(os.listdir(tmp_path / "set")) == there and len(there) < 400
+
+
+def test_threads_of_too_many_workers_wait_asleep(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for threads, policy in ((1, None), (2, "passive")):
+        with workers.pool(2, threads, time.sleep, 0) as pool:
+            assert [pool.submit(os.getenv, name).result() for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")] == [str(threads), policy]
+    assert "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_collect_mends_what_is_damaged_or_missing(dataset, tmp_path):

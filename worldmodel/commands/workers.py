@@ -22,8 +22,11 @@ def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[Process
     here: what fails, fails before anything is written. The processes end with this one, even when it is killed.
     """
     executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
+    own = {"OMP_NUM_THREADS": str(threads)}  # which a process reads when it starts
+    if threads > 1 and count * threads > (os.cpu_count() or 1):
+        own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take the cores from those they wait for
     try:
-        with _environment("OMP_NUM_THREADS", str(threads)):  # which a process reads when it starts
+        with _environment(own):
             prepared = [executor.submit(prepare, *args) for _ in range(count)]
         for future in prepared:
             result(future)
@@ -33,14 +36,15 @@ def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[Process
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable that processes started inside inherit."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(own: dict[str, str]) -> Iterator[None]:
+    """Environment variables that processes started inside inherit."""
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
     try:
         yield
     finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _end_with_parent() -> None:
