@@ -372,7 +372,7 @@ class Scene:
         try:
             return Renderer(self.model, self.image_size)
         except Exception as error:
-            raise RuntimeError(f"{REMEDY} ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from error
+            raise RuntimeError(f"{REMEDY} ({error!r})") from error
 
     def close(self) -> None:
         """Free the GL context."""

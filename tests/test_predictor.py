@@ -90,6 +90,7 @@ def test_an_imaginer_imagines_what_its_predictor_does(past, sizes):
     now, cache = Features(*(x[:, past] for x in seen)), plain(*before)[1] if past else None
     imaginer = Imaginer(plain, torch.float32)
     fast = imaginer.rollout(now, imaginer.predictor(*before)[1] if past else None, past, actions, noise)
+    assert not any(x.is_inference() for x in fast)  # heads are trained on what is imagined
     now, cache = Features(*(repeated(x[:, None], 3) for x in now)), expand(cache, 3) if cache else None
     for h in range(5):  # longer than the window
         action, drawn = actions.flatten(0, 1)[:, h : h + 1], noise.flatten(0, 1)[:, h : h + 1]

@@ -42,36 +42,27 @@ class Imaginer:
         now: patches [B, P, D] and proprio [B, S]; cache of the frames before, from its own `predictor`; actions [B, M, H, A]; noise
         [B, M, H, Z] that the prior maps to z -> patches [B, M, H, P, D] and proprio [B, M, H, S].
         """
-        model, config = self.predictor, self.config
-        (b, m, horizon), past = actions.shape[:3], cache[0][0].shape[2] // model.tokens if cache else 0
+        model, config, dtype = self.predictor, self.config, self.predictor.dtype
+        (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // model.tokens if cache else 0
+        actions, noise = actions.flatten(0, 1), noise.flatten(0, 1)
         squares = merged(now.patches[:, None], config.grid, config.merge)[:, 0].float()  # of all courses of a problem, at first
+        proprio, shown, felt = repeated(model.normalise(now.proprio), m), [], []
         rings = self._rings(cache, m, b * m, min(past + horizon, config.window))
-        places = [turns(config, start + h, 1, model.dtype, squares.device) for h in range(horizon)]
-        shown, felt = self._frames(squares, model.normalise(now.proprio), actions.flatten(0, 1), noise.flatten(0, 1), places, rings, past)
-        patches = unmerged(torch.stack(shown, 1), config.grid, config.merge)
-        proprio = (torch.stack(felt, 1) * model.proprio_std + model.proprio_mean).float()
-        return Features(patches.unflatten(0, (b, m)), proprio.unflatten(0, (b, m)))
-
-    @torch.inference_mode()  # views are many, and cost less so; nothing of what is made or cached here may leave but by a copy
-    def _frames(
-        self, squares: Tensor, proprio: Tensor, actions: Tensor, noise: Tensor, places: list[Rotation], rings: list[Tensor], past: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Squares and normalised proprioception of each step, from those of B problems, under B * M courses [B * M, H, ...]."""
-        model, size, m, shown, felt = self.predictor, self.config.merge**2, len(actions) // len(squares), [], []
-        dtype, proprio = model.dtype, repeated(proprio, m)
-        for h, place in enumerate(places):
+        for h in range(horizon):
             times = 1 if h else m  # from the first step on each course has squares of its own
             action, seen = actions[:, h], squares.to(dtype)
             prior = model.prior.told(repeated(self._squeezed(seen), times), torch.cat((proprio, action), -1).to(dtype))
             condition = torch.cat((action, proprio, prior.sample(noise[:, h])), -1).to(dtype)
             x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], repeated(model.embed(seen) + model.place, times)), 1)
-            x = model.norm(self._blocks(x, condition, place, rings, past + h))
+            x = model.norm(self._blocks(x, condition, turns(config, start + h, 1, dtype, x.device), rings, past + h))
             change = model.to_features(x[:, 1:].contiguous()).float().add_(repeated(squares, times))
-            squares = F.layer_norm(change.unflatten(-1, (size, -1)), (self.config.feature_dim,)).flatten(-2)
+            squares = F.layer_norm(change.unflatten(-1, (size, -1)), (config.feature_dim,)).flatten(-2)
             proprio = proprio + model.to_proprio(x[:, 0].contiguous())
             shown.append(squares)
             felt.append(proprio)
-        return shown, felt
+        patches = unmerged(torch.stack(shown, 1), config.grid, config.merge)
+        proprio = (torch.stack(felt, 1) * model.proprio_std + model.proprio_mean).float()
+        return Features(patches.unflatten(0, (b, m)), proprio.unflatten(0, (b, m)))
 
     def _squeezed(self, squares: Tensor) -> Tensor:
         """What the prior keeps of squares [R, P / merge^2, merge^2 * D], in the order of patches that it knows: [R, 8 * P]."""
@@ -89,6 +80,7 @@ class Imaginer:
                     own[:, :, : known.shape[2]].unflatten(0, (-1, times)).copy_(known[:, None])
         return rings
 
+    @torch.inference_mode()  # where most of the views are, which cost less so
     def _blocks(self, x: Tensor, condition: Tensor, turn: Rotation, rings: list[Tensor], frame: int) -> Tensor:
         """All blocks over the tokens x [R, L, dim] of the frame that is the rings' `frame`th, condition [R, C]."""
         (rows, tokens, dim), heads, window = x.shape, self.config.num_heads, self.config.window

@@ -24,7 +24,8 @@ def pool(count: int, threads: int, prepare: Callable, *args) -> Iterator[Process
     executor = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
     own = {"OMP_NUM_THREADS": str(threads)}  # which a process reads when it starts
     if threads > 1 and count * threads > (os.cpu_count() or 1):
-        own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take the cores from those they wait for
+        # threads that spin while they wait take the cores from those they wait for
+        own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
     try:
         with _environment(own):
             prepared = [executor.submit(prepare, *args) for _ in range(count)]
