@@ -84,7 +84,7 @@ class _Turn(threading.Thread):
 
     def __init__(self, task: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
-        self._task, self._go, self._stop = task, threading.Semaphore(0), threading.Semaphore(0)
+        self._task, self._going, self._stopped = task, threading.Semaphore(0), threading.Semaphore(0)
         self.question: tuple | None = None
         self.answer, self.result, self.error, self._given_up = None, None, None, None
         self.start()
@@ -92,33 +92,33 @@ class _Turn(threading.Thread):
     def run(self) -> None:
         _Turn.own.turn = self
         torch.set_num_threads(1)  # of this thread; a team of its own for its small products takes longer than they do
-        self._go.acquire()
+        self._going.acquire()
         try:
             if self._given_up is not None:
                 raise self._given_up
             self.result = self._task()
         except BaseException as error:  # whatever it is, it is raised where the turns are given
             self.error = error
-        self._stop.release()
+        self._stopped.release()
 
     def go_on(self) -> bool:
         """Give it its turn; whether it asks for something now."""
         self.question = None
-        self._go.release()
-        self._stop.acquire()
+        self._going.release()
+        self._stopped.acquire()
         return self.question is not None
 
     def give_up(self, error: BaseException) -> None:
         """Have it raise an error where it waits, or asks next."""
         self._given_up = error
-        self._go.release()
+        self._going.release()
 
     def ask(self, *question: Any) -> Any:
         """Inside the task: end the turn with a question, and return its answer; what went wrong with that is raised."""
         if self._given_up is None:
             self.question = question
-            self._stop.release()
-            self._go.acquire()
+            self._stopped.release()
+            self._going.acquire()
         answer = self.answer if self._given_up is None else self._given_up
         if isinstance(answer, BaseException):
             raise answer

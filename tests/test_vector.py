@@ -11,7 +11,7 @@ import torch
 from planners.agent import Agent, AgentConfig
 from planners.interface import Verdict
 from planners.sampling import SamplingConfig, SamplingPlanner
-from planners.vector import VectorAgent
+from planners.vector import VectorAgent, _Turn
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.energy import GoalEnergy
 from worldmodel.guide import Guide
@@ -130,6 +130,13 @@ def test_what_goes_wrong_in_one_is_raised(world):
         several.reset(pictures(2, 0), where=np.array([1]))
     with pytest.raises(ValueError, match="at least 1"):
         VectorAgent(make, world, 0)
+
+
+def test_a_turn_has_no_name_of_its_thread():
+    """Else a process that forks, as asynchronous environments may, calls what is not its own."""
+    turn = _Turn(lambda: None)
+    assert not turn.go_on()
+    assert not (set(vars(turn)) - set(vars(threading.Thread()))) & set(dir(threading.Thread))
 
 
 def test_an_interrupt_leaves_no_thread_behind(world):

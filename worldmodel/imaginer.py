@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from worldmodel.encoder import Mlp, Rotation, fast_in_bfloat16
 from worldmodel.interface import Features
-from worldmodel.predictor import Cache, Predictor, merged, repeated, turns, unmerged
+from worldmodel.predictor import Cache, Predictor, PredictorConfig, merged, repeated, turns, unmerged
 
 
 class Imaginer:
@@ -24,16 +24,14 @@ class Imaginer:
     @torch.no_grad()
     def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
         config = self.config = predictor.config
-        own = self.predictor = copy.deepcopy(predictor).to(dtype)  # for what has been seen, all frames of that at once
-        own.proprio_mean, own.proprio_std = predictor.proprio_mean, predictor.proprio_std  # millimetres count
-        head = torch.arange(config.embed_dim // config.num_heads, device=predictor.place.device)
-        self.halves = torch.cat((head[::2], head[1::2]))  # the first entries of all pairs, then the second ones: halves turn as a whole
-        rows = torch.arange(3 * config.embed_dim, device=head.device).unflatten(0, (3, config.num_heads, -1))
-        rows = torch.cat((rows[:2, :, self.halves], rows[2:])).flatten()
-        self.qkv = [packed(_linear(block.attn.qkv.weight[rows], block.attn.qkv.bias[rows])) for block in own.blocks]
-        said = ((block.modulate.weight, block.modulate.bias) for block in own.blocks)
-        self.modulate = packed(_linear(*(torch.cat(parts) for parts in zip(*said))))
-        pack(own)
+        self.predictor, self.halves = twin(predictor, dtype), halves_of(config).to(predictor.place.device)
+        self.qkv = [packed(_linear(*turning(block.attn.qkv, config)).to(dtype)) for block in predictor.blocks]
+        said = ((block.modulate.weight, block.modulate.bias) for block in predictor.blocks)
+        self.modulate = packed(_linear(*(torch.cat(parts) for parts in zip(*said))).to(dtype))
+
+    def laid(self, cache: Cache | None) -> Cache | None:
+        """What is cached of past frames, as `rollout` reads it."""
+        return cache
 
     @torch.no_grad()
     def rollout(self, now: Features, cache: Cache | None, start: int, actions: Tensor, noise: Tensor) -> Features:
@@ -84,7 +82,7 @@ class Imaginer:
     def _blocks(self, x: Tensor, condition: Tensor, turn: Rotation, rings: list[Tensor], frame: int) -> Tensor:
         """All blocks over the tokens x [R, L, dim] of the frame that is the rings' `frame`th, condition [R, C]."""
         (rows, tokens, dim), heads, window = x.shape, self.config.num_heads, self.config.window
-        cos, sin = turn[0][..., ::2], turn[1][..., 1::2]  # [1, 1, L, head_dim / 2]
+        cos, sin = halved(turn)
         own, seen = slice(frame % window * tokens, (frame % window + 1) * tokens), min(frame + 1, window) * tokens
         modulations = self.modulate(F.silu(self.predictor.condition(condition)))[:, None].unflatten(-1, (-1, 6, dim))
         modulations = modulations + self.predictor.blocks[0].rest
@@ -105,6 +103,32 @@ class Imaginer:
             y = torch.addcmul(shift2, block.norm2(x), scale2)
             x = torch.addcmul(x, gate2, block.mlp(y))
         return x
+
+
+def twin(predictor: Predictor, dtype: torch.dtype) -> Predictor:
+    """A copy for what has been seen, all frames of that at once; in a dtype of its own, but for millimetres, which count."""
+    own = copy.deepcopy(predictor).to(dtype)
+    own.proprio_mean, own.proprio_std = predictor.proprio_mean, predictor.proprio_std
+    pack(own)
+    return own
+
+
+def halves_of(config: PredictorConfig) -> Tensor:
+    """The first entries of all pairs of a head that turn together, then the second ones: halves turn as a whole. [head_dim]"""
+    head = torch.arange(config.embed_dim // config.num_heads)
+    return torch.cat((head[::2], head[1::2]))
+
+
+def halved(turn: Rotation) -> Rotation:
+    """Cosines and sines of the pairs, [1, 1, L, head_dim / 2]."""
+    return turn[0][..., ::2], turn[1][..., 1::2]
+
+
+def turning(qkv: nn.Linear, config: PredictorConfig) -> tuple[Tensor, Tensor]:
+    """Weights and biases that map to queries and keys in halves, and to values as they are."""
+    rows = torch.arange(3 * config.embed_dim, device=qkv.weight.device).unflatten(0, (3, config.num_heads, -1))
+    rows = torch.cat((rows[:2, :, halves_of(config)], rows[2:])).flatten()
+    return qkv.weight[rows], qkv.bias[rows]
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.checkpoint import MAKERS, fill, load_tensors, read_header, save_tensors
+from worldmodel.compiled import CompiledImaginer
 from worldmodel.encoder import autocast, fast_in_bfloat16, keep_memory
 from worldmodel.guide import Guide
 from worldmodel.hazard import Hazard
@@ -36,7 +37,8 @@ class LatentModel(nn.Module):
     alone say where the hand is, which a camera sees poorly along its line of sight. `hazard` tells how likely an imagined
     step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do
     once a gate has worried (`detour`). `about` says how the weights were made;
-    `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to.
+    `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to. `compiled`, which may be
+    set, says whether to imagine by OpenVINO where it is installed (extra `fast`) and the model is on the processor.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class LatentModel(nn.Module):
             )
         self.encoder, self.predictor, self.reader = encoder, predictor, reader
         self.hazard, self.guide, self.policy, self.careful = hazard, guide, policy, careful
-        self.about = about or {}
+        self.about, self.compiled = about or {}, True
         self._copy: Twin | None = None
         self._remembered: deque[tuple[Context, tuple[list | None, int]]] = deque(maxlen=REMEMBERED)
         self.requires_grad_(False).eval()
@@ -127,7 +129,8 @@ class LatentModel(nn.Module):
         with autocast(self.device) if imaginer is None else torch.autocast(self.device.type, enabled=False):  # it has its own dtype
             known = next((past for one, past in self._remembered if one is context), None)
             if known is None:  # a planner asks of one context many times
-                known = self._remember(context, self.predictor if imaginer is None else imaginer.predictor)
+                cache, start = self._remember(context, self.predictor if imaginer is None else imaginer.predictor)
+                known = (cache if imaginer is None else imaginer.laid(cache)), start
                 self._remembered.append((context, known))
             imagined = rollout(now, *known, moves, z.flatten(1, 2))
         return Features(*(x.unflatten(1, (n, -1)).expand(-1, -1, k, *x.shape[2:]) for x in imagined))
@@ -190,17 +193,19 @@ class LatentModel(nn.Module):
         _, cache = predictor(past, actions, z)
         return cache, patches.shape[1] - 1 - first
 
-    def _imaginer(self) -> Imaginer | None:
+    def _imaginer(self) -> Imaginer | CompiledImaginer | None:
         """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long.
 
         It is made anew after all weights were exchanged, moved, cast, or any were changed in place, not where one was exchanged.
         """
         known, first = self._copy, next(self.predictor.parameters())
-        if known is None or known.parameters[0] is not first or known.version != _version(known.parameters):
+        compiled = self.compiled and CompiledImaginer.fits(self.predictor)
+        if known is None or known.compiled != compiled or known.parameters[0] is not first or known.version != _version(known.parameters):
             own = list(self.predictor.parameters())
             dtype = torch.bfloat16 if fast_in_bfloat16(first.device) else first.dtype
-            imaginer = Imaginer(self.predictor, dtype) if isinstance(self.predictor, Predictor) else None
-            self._copy = known = Twin(own, _version(own), imaginer)
+            kind = CompiledImaginer if compiled else Imaginer
+            imaginer = kind(self.predictor, dtype) if isinstance(self.predictor, Predictor) else None
+            self._copy = known = Twin(own, _version(own), compiled, imaginer)
             self._remembered.clear()
         return known.imaginer
 
@@ -232,7 +237,8 @@ class Twin(NamedTuple):
 
     parameters: list[nn.Parameter]  # of the original; to list them takes as long as to use some
     version: tuple
-    imaginer: Imaginer | None  # of a predictor of ours
+    compiled: bool
+    imaginer: Imaginer | CompiledImaginer | None  # of a predictor of ours
 
 
 def _version(parameters: list[nn.Parameter]) -> tuple:

@@ -9,6 +9,7 @@ multiplied. All ratios are within the one run. --out gets speed.json and a plot 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -116,6 +117,8 @@ def machine(threads: int) -> dict:
     """The processor, and its peak in dense matrix products, GFLOP/s per precision."""
     import torch
 
+    from worldmodel.compiled import library
+
     about, peak = Path("/proc/cpuinfo"), {}
     flags = about.read_text() if about.exists() else ""
     name = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "unknown")
@@ -131,7 +134,7 @@ def machine(threads: int) -> dict:
         peak[str(precision).removeprefix("torch.")] = best
     return {
         "processor": name, "cores": os.cpu_count(), "units": units, "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads, "precision": precision_used(), "peak_gflops": peak,
+        "threads": threads, "precision": precision_used(), "imagined_by": "torch" if library() is None else "openvino", "peak_gflops": peak,
     }  # fmt: skip
 
 
@@ -199,12 +202,15 @@ def rollouts(world, samples: int, horizon: int) -> dict:
     size = world.encoder.config.image_size
     frames = torch.randint(0, 256, (64, size, size * world.encoder.config.views, 3), dtype=torch.uint8)
     result = {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
-    for prefix, n in ("", samples), ("many_", MANY * samples):
-        asked = problem(world, n, horizon)
-        imagine = lambda asked=asked: world.rollout(*asked)  # noqa: E731
-        seconds = timed(imagine)
-        result[f"{prefix}candidate_steps_per_second"] = n * horizon / seconds
-        result[f"{prefix}rollout_gflops"] = counted(imagine) / seconds / 1e9
+    sizes = {"": samples, "many_": MANY * samples}
+    works = {prefix: functools.partial(world.rollout, *problem(world, n, horizon)) for prefix, n in sizes.items()}
+    wanted, world.compiled = world.compiled, False  # only torch's operations can be counted
+    operations = {prefix: counted(work) for prefix, work in works.items()}
+    world.compiled = wanted
+    for prefix, work in works.items():
+        seconds = timed(work)
+        result[f"{prefix}candidate_steps_per_second"] = sizes[prefix] * horizon / seconds
+        result[f"{prefix}rollout_gflops"] = operations[prefix] / seconds / 1e9
     return result
 
 
@@ -299,7 +305,7 @@ def report(result: dict) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["decision_shares"].items())
     rows = {
         "processor": f"{result['processor']}, {result['cores']} cores, {' '.join(result['units'])}; {result['threads']} threads, {result['capability']}",
-        "peak": ", ".join(f"{name} {value:.0f}" for name, value in peak.items()) + f" GFLOP/s; models use {precision}",
+        "peak": ", ".join(f"{name} {value:.0f}" for name, value in peak.items()) + f" GFLOP/s; models use {precision}, and imagine by {result['imagined_by']}",
         "encoder": f"{result['encoder_fps']:.0f} frames/s",
         **{
             f"{told} candidates": f"{result[f'{prefix}candidate_steps_per_second']:.0f} candidate-steps/s, "
