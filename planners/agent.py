@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,6 +122,19 @@ class Agent:
         self._answer = self.fallback  # what runs until the next observation
         self._expected, self._holds, self._age, self._wary = None, 0, 0, False
         self.last = None
+
+    def rehearse(self, obs: Obs) -> None:
+        """Decide as if an observation were an episode's first one and its goal, then by the detour, and forget it.
+
+        What models and planners make ready when it is first needed, as to compile, which takes seconds, is ready then: for a robot
+        that does not wait, before it moves. The present episode stays as it is. Raises as `reset` and `act` do.
+        """
+        other = copy.copy(self)
+        other.gate = OpenGate()
+        other.reset(obs)
+        other.act(obs)
+        other.last, other._wary = None, True
+        other.act(obs)
 
     @torch.no_grad()
     def act(self, obs: Obs, ran: np.ndarray | None = None, under_way: Sequence[np.ndarray] = ()) -> np.ndarray:

@@ -446,6 +446,25 @@ def test_once_a_plan_is_near_the_limit_it_goes_by_the_detour_to_the_end():
     assert [d.answer for d in go(agent_of(Detouring()), Plane(), 2, FAR)] == ["plan"] * 2  # no gate
 
 
+def test_a_rehearsal_asks_for_what_an_episode_does_and_leaves_that_as_it_is():
+    class Watched(Detouring):
+        def rollout(self, context, actions, z):
+            asked.add((*actions.shape[:3], z.shape[2]))
+            return super().rollout(context, actions, z)
+
+    runs, asked = [], set()
+    for rehearsed in (False, True):
+        agent, world = agent_of(Watched(push=0.05), AgentConfig(horizon=2, samples_z=3)), Plane()
+        agent.reset(FAR, 3)
+        if rehearsed:
+            asked.clear()
+            agent.rehearse(picture((0.3, 0.3)))
+            before = set(asked)
+        runs.append([agent.act(picture(world.position)) for _ in range(3)])
+    assert np.array_equal(*runs)
+    assert asked == before and (1, 1, 2, 3) in before  # a plan as it is told, too
+
+
 def test_imagination_in_chunks_costs_the_same_and_bounds_what_is_held():
     context = Context(Features(torch.rand(2, 1, 1, 2)), torch.zeros(2, 0, 2))
     energy, actions = GoalEnergy(Features(torch.rand(2, 1, 2))), torch.rand(2, 50, 4, 2)

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from worldmodel.compiled import CompiledImaginer, library
+from worldmodel.compiled import KEPT, CompiledImaginer, Graph, library
 from worldmodel.imaginer import Imaginer
 from worldmodel.interface import Context, Features
 from worldmodel.model import LatentModel, load
@@ -112,10 +113,10 @@ def test_who_it_is_for():
 def test_a_model_says_whether_it_may():
     model = load()
     context, actions, z = asked_of(model)
-    assert isinstance(model._imaginer(), CompiledImaginer)
+    assert model.imagined_by == "openvino"
     ours = model.rollout(context, actions, z)
     model.compiled = False
-    assert isinstance(model._imaginer(), Imaginer)
+    assert model.imagined_by == "torch"
     for a, b in zip(ours, model.rollout(context, actions, z)):
         assert float((a - b).abs().mean()) < 0.1  # in bfloat16, where the processor has it
 
@@ -129,9 +130,47 @@ def asked_of(model: LatentModel) -> tuple[Context, torch.Tensor, torch.Tensor]:
     return context, torch.rand(1, 3, 2, config.action_dim, generator=g), model.sample_z((1, 3, 1, 2), None)
 
 
-def test_it_keeps_to_the_instructions_that_torch_keeps_to():
-    code = "import os, worldmodel.compiled as c; c.library(); print(os.environ.get('ONEDNN_MAX_CPU_ISA'))"
-    for asked, told in (("avx2", "AVX2"), ("default", "None")):
-        env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"} | {"ATEN_CPU_CAPABILITY": asked}
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
-        assert out == told
+IMPORTED = """
+import os, sys
+forked = []
+sys.addaudithook(lambda event, _: forked.append(event) if event in ("os.fork", "socket.connect") else None)
+import worldmodel.compiled
+print(worldmodel.compiled.library() is not None, forked)
+"""
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "True []"), ("avx2", "False []")])
+def test_it_is_imported_quietly_and_not_where_less_is_asked_of_torch(asked, told):
+    env = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"} | ({"ATEN_CPU_CAPABILITY": asked} if asked else {})
+    done = subprocess.run([sys.executable, "-c", IMPORTED], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == told
+
+
+def test_what_does_not_compile_says_how_to_do_without(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(library(), "compile_model", refused)
+    predictor = noisy(Predictor(SIZES))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot compile.*model.compiled = False.*no such operation"):
+        compiled(predictor, torch.float32, *problem(predictor, 1, 2, 1, 0))
+
+
+@torch.no_grad()
+def test_graphs_asked_for_last_are_kept_and_others_go():
+    predictor = noisy(Predictor(SIZES))
+    imaginer, asked = CompiledImaginer(predictor, torch.float32), problem(predictor, 1, KEPT + 2, 1, 0)
+    now, _, start, actions, noise = asked
+    past = imaginer.laid(None)
+    for m in range(1, KEPT + 3):
+        imaginer.rollout(now, past, start, actions[:, :m], noise[:, :m])
+        imaginer.rollout(now, past, start, actions[:, :1], noise[:, :1])
+    assert {m for _, m, *_ in imaginer._compiled} == {1, *range(4, KEPT + 3)}
+
+
+def test_weights_are_let_go():
+    predictor = noisy(Predictor(SIZES))
+    graph = Graph(predictor)
+    seen = weakref.ref(graph)
+    del graph
+    assert seen() is None

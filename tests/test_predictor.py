@@ -28,10 +28,14 @@ def noisy(module):
     return module
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["openvino", "torch"])
+def model(request):
     torch.manual_seed(0)
-    return LatentModel(noisy(VideoEncoder(ENCODER)), noisy(Predictor(SIZES)), AttentiveProbe(16, 48, 7), {"made": "here"})
+    made = LatentModel(noisy(VideoEncoder(ENCODER)), noisy(Predictor(SIZES)), AttentiveProbe(16, 48, 7), {"made": "here"})
+    made.compiled = request.param == "openvino"
+    if made.imagined_by != request.param:
+        pytest.skip("OpenVINO is not installed (the extra `fast`)")
+    return made
 
 
 def context_of(model, b=2, t=2, seed=0):
@@ -192,6 +196,7 @@ def test_proprioception_is_read_off_a_picture_alone(model):
 def test_save_then_load_is_exact(model, tmp_path):
     model.save(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
+    again.compiled = model.compiled
     assert again.about == model.about and again.predictor.config == model.predictor.config
     context, actions, z = context_of(model), actions_of(), model.sample_z((2, 3, 1, 4), None)
     assert torch.equal(model.rollout(context, actions, z).patches, again.rollout(context, actions, z).patches)

@@ -1,13 +1,16 @@
-"""Imagination as one graph that OpenVINO compiles for the processor: the numbers of an `Imaginer`, in about half of its time.
+"""Imagination as one graph that OpenVINO compiles for the processor: an `Imaginer`'s step in about half of its time.
 
 Of few candidates torch spends its time on calling a hundred operators for each imagined step, of many on moving what lies between
-two products. OpenVINO fuses these, and a rollout is one call. Used wherever it is installed (the extra `fast`).
+two products. OpenVINO fuses these, and a rollout is one call. It is used wherever it is installed (the extra `fast`), and says the same
+as `Predictor.forward` and `Imaginer`, in bfloat16 within its precision: whoever changes the step there changes it here.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -17,27 +20,35 @@ from torch import Tensor, nn
 
 from worldmodel.imaginer import halved, halves_of, turning, twin
 from worldmodel.interface import Features
+from worldmodel.latent import LOG_STD, SQUEEZED
 from worldmodel.predictor import Cache, Predictor, merged, turns
 
-FEW = 64  # candidates of one problem, of which each number gets a graph of its own: in fixed shapes it is faster, and compiled in half a second
-HIDDEN = -1e4  # added to the scores of frames that are not there
+KEPT = 12  # graphs at most, of 20 to 80 MB
+MASKED = -1e4  # added to the scores of frames that are not there
 
 
 @functools.cache
 def library():
-    """OpenVINO, or None where it is not installed."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # so it is here, or as ATEN_CPU_CAPABILITY asks for, which OpenVINO does not read
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    """OpenVINO, or None where it is not installed, or torch was told to do with less than the processor has."""
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        return None
+    sys.modules.setdefault("openvino_telemetry", None)  # else its import forks this process, which tells others that it was used
     try:
         import openvino
         import openvino.opset13
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            logging.getLogger(__name__).warning("OpenVINO is not used, since it misses %s: pip install 'openvino>=2025.1'", error.name)
         return None
     return openvino
 
 
 class CompiledImaginer:
-    """Imagines what an `Imaginer` does, on the processor, by graphs that are compiled when they are first needed."""
+    """Imagines what an `Imaginer` does, on the processor, by graphs that are compiled when they are first needed, each in half a second.
+
+    One problem's rollouts have a graph of their own for each number of courses and steps, since fixed shapes are faster; those of
+    several problems share one for each number of steps. Those asked for last are kept.
+    """
 
     @staticmethod
     def fits(predictor: nn.Module) -> bool:
@@ -45,69 +56,91 @@ class CompiledImaginer:
         plain = isinstance(predictor, Predictor) and not predictor.config.codes
         return plain and predictor.place.device.type == "cpu" and predictor.place.dtype == torch.float32 and library() is not None
 
-    @torch.no_grad()
     def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
         self.config, self.dtype, self.graph = predictor.config, dtype, Graph(predictor)
         self.predictor = twin(predictor, dtype)  # for what has been seen, all frames of that at once
-        self._compiled: dict[tuple[int, ...], object] = {}
+        self._compiled: dict[tuple[int, ...], Request] = {}
         self._alone = threading.Lock()
 
     def laid(self, cache: Cache | None) -> tuple[np.ndarray, np.ndarray]:
         """What is cached of past frames, as the graph reads it.
 
         -> keys and values [depth, 2, B or 1, heads, (window - 1) * L, head_dim], the last frame's last, and [1, 1, 1, (window - 1) * L]
-        to add to the scores, which hides what is not there.
+        to add to the scores, which masks what is not there.
         """
         config, length = self.config, (self.config.window - 1) * self.predictor.tokens
         halves = halves_of(config)
         past = torch.zeros(config.depth, 2, len(cache[0][0]) if cache else 1, config.num_heads, length, len(halves))
-        hide = torch.full((1, 1, 1, length), HIDDEN)
+        mask = torch.full((1, 1, 1, length), MASKED)
         for own, (keys, values) in zip(past, cache or ()):
             known = slice(length - keys.shape[2], None)
-            own[0, :, :, known], own[1, :, :, known], hide[..., known] = keys[..., halves], values, 0.0
-        return past.numpy(), hide.numpy()
+            own[0, :, :, known], own[1, :, :, known], mask[..., known] = keys[..., halves], values, 0.0
+        return past.numpy(), mask.numpy()
 
     @torch.no_grad()
     def rollout(self, now: Features, past: tuple[np.ndarray, np.ndarray], start: int, actions: Tensor, noise: Tensor) -> Features:
-        """As `Imaginer.rollout`; the past as it is `laid`."""
+        """As `Imaginer.rollout`; the past as it is `laid`. Raises RuntimeError where OpenVINO cannot compile it."""
         (b, m, horizon), predictor = actions.shape[:3], self.predictor
         turn = (x for h in range(horizon) for x in halved(turns(self.config, start + h, 1, torch.float32, actions.device)))
         given = (now.patches, predictor.normalise(now.proprio), actions, noise, *turn)
         inputs = [x.float().contiguous().numpy() for x in given]
         if self.config.window > 1:
-            frames, hide = past
-            inputs += [np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:2], b, *frames.shape[3:]))), hide]
-        fixed = b == 1 and m <= FEW
-        with self._alone:
-            request = self._request(*((b, m) if fixed else (-1, -1)), horizon, torch.get_num_threads())
-            patches, proprio = (torch.from_numpy(x) for x in request.infer(inputs, share_inputs=True).values())
+            frames, mask = past
+            inputs += [np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:2], b, *frames.shape[3:]))), mask]
+        rows = (1, m) if b == 1 else (-1, -1)
+        patches, proprio = map(torch.from_numpy, self._request(*rows, horizon, torch.get_num_threads())(inputs))
         return Features(patches, proprio * predictor.proprio_std + predictor.proprio_mean).map(lambda x: x.unflatten(0, (b, m)))
 
-    def _request(self, b: int, m: int, horizon: int, threads: int):
+    def _request(self, b: int, m: int, horizon: int, threads: int) -> Request:
         """What infers rollouts of b problems under m courses, -1 for any number of them."""
         key = b, m, horizon, threads
-        if key not in self._compiled:
-            settings = {
-                "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads, "ENABLE_HYPER_THREADING": True, "ENABLE_CPU_PINNING": False,
-            }  # fmt: skip
-            self._compiled[key] = library().compile_model(self.graph.rollout(b, m, horizon), "CPU", settings).create_infer_request()
-        return self._compiled[key]
+        with self._alone:
+            found = self._compiled.pop(key, None) or Request(self.graph.built(b, m, horizon), self.dtype, threads)
+            self._compiled[key] = found
+            if len(self._compiled) > KEPT:
+                del self._compiled[next(iter(self._compiled))]
+        return found
+
+
+class Request:
+    """A compiled model that infers one thing at a time."""
+
+    def __init__(self, model, dtype: torch.dtype, threads: int) -> None:
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads, "ENABLE_HYPER_THREADING": True, "ENABLE_CPU_PINNING": False,
+        }  # fmt: skip
+        try:
+            self._request = library().compile_model(model, "CPU", settings).create_infer_request()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"OpenVINO {library().__version__} cannot compile this model; without it torch imagines: pip uninstall openvino, or set "
+                f"model.compiled = False. It says: {error}"
+            ) from error
+        self._alone = threading.Lock()
+
+    def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """What it makes of float32 inputs, in arrays of their own."""
+        with self._alone:
+            return list(self._request.infer(inputs, share_inputs=True).values())
 
 
 class Graph:
-    """A predictor's imagination as nodes of OpenVINO's: R rows, one for each course of each problem."""
+    """A predictor's imagination in OpenVINO's nodes: R rows, one for each course of each problem.
+
+    Patches stay merged in squares to the end; weights of what reads single patches are brought into the squares' order instead.
+    """
 
     @torch.no_grad()
     def __init__(self, predictor: Predictor) -> None:
         p, config = predictor, predictor.config
-        self.ops, self.config, self.size = library().opset13, config, predictor.tokens
-        order = merged(torch.arange(p.patches)[None, None, :, None], config.grid, config.merge).flatten()  # of patches in squares
-        near, far = p.prior.hidden.weight.split((8 * p.patches, config.proprio_dim + config.action_dim), 1)
-        near = near.unflatten(1, (p.patches, 8))[:, order].flatten(1)
+        self.ops, self.config, self.tokens, self.eps = library().opset13, config, predictor.tokens, predictor.norm.eps
+        order = merged(torch.arange(p.patches)[None, None, :, None], config.grid, config.merge).flatten()
+        near, far = p.prior.hidden.weight.split((SQUEEZED * p.patches, config.proprio_dim + config.action_dim), 1)
+        near = near.unflatten(1, (p.patches, SQUEEZED))[:, order].flatten(1)
         rest = p.blocks[0].rest.expand(-1, config.embed_dim).flatten()
         self.squeeze, self.latent = self._map(p.prior.squeeze), self._map(p.prior.out)
-        self.hidden = self._linear(torch.cat((near, far), 1), p.prior.hidden.bias)
+        self.prior = self._linear(torch.cat((near, far), 1), p.prior.hidden.bias)
         self.embed, self.place, self.feel = self._map(p.embed), self._constant(p.place[None]), self._map(p.proprio_embed)
         self.condition = self._map(p.condition[0]), self._map(p.condition[2])
         said = ((b.modulate.weight, b.modulate.bias + rest) for b in p.blocks)
@@ -118,18 +151,18 @@ class Graph:
         self.scale, self.shift = self._constant(p.norm.weight), self._constant(p.norm.bias)
         self.to_features, self.to_proprio = self._map(p.to_features), self._map(p.to_proprio)
 
-    def rollout(self, b: int, m: int, horizon: int):
-        """All that is imagined of b problems under m courses, -1 for any number of them.
+    def built(self, b: int, m: int, horizon: int):
+        """The model of what is imagined of b problems under m courses, -1 for any number of them.
 
         From patches [B, P, D], proprio [B, S] normalised, actions [B, M, H, A], noise [B, M, H, Z], cosines and sines [1, 1, L, head_dim / 2]
         of each step, and, for a window of several frames, what is `laid`. To patches [R, H, P, D] and proprio [R, H, S] normalised.
         """
-        ops, config, tokens, shown, felt = self.ops, self.config, self.size, [], []
-        before, side, head = config.window - 1, config.merge, config.embed_dim // config.num_heads
-        (rows, columns), wide = (n // side for n in config.grid), side * side * config.feature_dim
+        ops, config, tokens, shown, felt = self.ops, self.config, self.tokens, [], []
+        before, side, dim, head = config.window - 1, config.merge, config.feature_dim, config.embed_dim // config.num_heads
+        (rows, columns), squares_dim = (n // side for n in config.grid), side * side * dim
         sizes = [
-            (b, rows * side * columns * side, config.feature_dim), (b, config.proprio_dim), (b, m, horizon, config.action_dim),
-            (b, m, horizon, config.latent_dim), *2 * horizon * [(1, 1, tokens, head // 2)],
+            (b, rows * side * columns * side, dim), (b, config.proprio_dim), (b, m, horizon, config.action_dim), (b, m, horizon, config.latent_dim),
+            *2 * horizon * [(1, 1, tokens, head // 2)],
         ]  # fmt: skip
         sizes += [(config.depth, 2, b, config.num_heads, before * tokens, head), (1, 1, 1, before * tokens)] if before else []
         inputs = [ops.parameter(list(size), np.float32) for size in sizes]
@@ -141,88 +174,86 @@ class Graph:
             wanted = ops.concat([np.array([1]), times, np.ones(len(size), np.int64)], 0)
             return self._shaped(ops.broadcast(ops.unsqueeze(x, np.array(1)), wanted, broadcast_spec="BIDIRECTIONAL"), -1, *size)
 
-        squares = ops.transpose(self._shaped(patches, -1, rows, side, columns, side, config.feature_dim), np.array([0, 1, 3, 2, 4, 5]))
-        squares, proprio = self._shaped(squares, -1, rows * columns, wide), repeated(proprio, config.proprio_dim)
+        squares = ops.transpose(self._shaped(patches, -1, rows, side, columns, side, dim), np.array([0, 1, 3, 2, 4, 5]))
+        squares = self._shaped(squares, -1, tokens - 1, squares_dim)  # [B, P / merge^2, merge^2 * D], from the first step on [R, ...]
+        proprio = repeated(proprio, config.proprio_dim)  # [R, S]
         actions = self._split(self._shaped(actions, -1, horizon, config.action_dim), 1, horizon)
         noise = self._split(self._shaped(noise, -1, horizon, config.latent_dim), 1, horizon)
-        known, hide = self._known(*past, repeated) if before else ([([], []) for _ in self.blocks], [])
+        known, mask = self._known(*past, repeated) if before else ([([], [])] * config.depth, [])
         for h in range(horizon):
-            small = self.squeeze(self._shaped(squares, -1, tokens - 1, side * side, config.feature_dim))
-            small = self._shaped(small, -1, 8 * (tokens - 1) * side * side)
-            seen = ops.add(self.embed(squares), self.place)
-            if not h:  # from then on each course has squares of its own
-                small, seen = repeated(small, 8 * (tokens - 1) * side * side), repeated(seen, tokens - 1, config.embed_dim)
-                squares = repeated(squares, tokens - 1, wide)
+            small = self.squeeze(self._shaped(squares, -1, tokens - 1, side * side, dim))
+            small = self._shaped(small, -1, SQUEEZED * (tokens - 1) * side * side)  # [B or R, 8 * P]
+            seen = ops.add(self.embed(squares), self.place)  # [B or R, L - 1, dim]
+            if not h:
+                small, seen = repeated(small, SQUEEZED * (tokens - 1) * side * side), repeated(seen, tokens - 1, config.embed_dim)
+                squares = repeated(squares, tokens - 1, squares_dim)
             action, drawn = self._shaped(actions[h], -1, config.action_dim), self._shaped(noise[h], -1, config.latent_dim)
             modulations = self._modulations(small, proprio, action, drawn)
-            hidden = ops.concat([*hide[h:], np.zeros((1, 1, 1, (h + 1) * tokens), np.float32)], 3) if hide[h:] else None
-            x = ops.concat([self._shaped(self.feel(proprio), -1, 1, config.embed_dim), seen], 1)
+            there = ops.concat([*mask[h:], np.zeros((1, 1, 1, (h + 1) * tokens), np.float32)], 3) if mask[h:] else None
+            x = ops.concat([self._shaped(self.feel(proprio), -1, 1, config.embed_dim), seen], 1)  # [R, L, dim]
             for i, modulation in enumerate(modulations):
-                x = self._block(i, x, modulation, turn[2 * h : 2 * h + 2], known[i], hidden)
+                x, known[i] = self._block(self.blocks[i], x, modulation, turn[2 * h : 2 * h + 2], known[i], there)
             x = ops.add(ops.multiply(self._norm(x), self.scale), self.shift)
             first, others = ops.variadic_split(x, np.array(1), np.array([1, tokens - 1])).outputs()
-            change = self._shaped(ops.add(self.to_features(others), squares), -1, tokens - 1, side * side, config.feature_dim)
-            squares = self._shaped(self._norm(change, 1e-5), -1, tokens - 1, wide)
+            change = self._shaped(ops.add(self.to_features(others), squares), -1, tokens - 1, side * side, dim)
+            squares = self._shaped(self._norm(change, 1e-5), -1, tokens - 1, squares_dim)  # torch's eps where none is given
             proprio = ops.add(proprio, self._shaped(self.to_proprio(first), -1, config.proprio_dim))
-            shown.append(self._shaped(squares, -1, 1, rows, columns, side, side, config.feature_dim))
+            shown.append(self._shaped(squares, -1, 1, rows, columns, side, side, dim))
             felt.append(self._shaped(proprio, -1, 1, config.proprio_dim))
-        patches = ops.transpose(ops.concat(shown, 1), np.array([0, 1, 2, 4, 3, 5, 6]))
-        patches = self._shaped(patches, -1, horizon, rows * side * columns * side, config.feature_dim)
+        patches = ops.transpose(ops.concat(shown, 1), np.array([0, 1, 2, 4, 3, 5, 6]))  # [R, H, rows, side, columns, side, D]
+        patches = self._shaped(patches, -1, horizon, rows * side * columns * side, dim)
         return library().Model([patches, ops.concat(felt, 1)], inputs, "rollout")
 
     def _modulations(self, small, proprio, action, noise):
         """Shifts, scales and gates [R, 1, dim] of each block, [depth][6], after a z that the prior makes of noise [R, Z]."""
         ops, config = self.ops, self.config
-        hidden = ops.gelu(self.hidden(ops.concat([small, proprio, action], 1)), "erf")
-        mean, log_std = self._split(self.latent(hidden), 1, 2)
-        z = ops.add(mean, ops.multiply(ops.exp(ops.clamp(log_std, -4.0, 2.0)), noise))
+        mean, log_std = self._split(self.latent(ops.gelu(self.prior(ops.concat([small, proprio, action], 1)), "erf")), 1, 2)
+        z = ops.add(mean, ops.multiply(ops.exp(ops.clamp(log_std, *LOG_STD)), noise))
         condition = self.condition[1](ops.swish(self.condition[0](ops.concat([action, proprio, z], 1))))
         said = self._shaped(self.modulate(ops.swish(condition)), -1, 1, 6 * config.depth * config.embed_dim)
         return np.reshape(self._split(said, 2, 6 * config.depth), (config.depth, 6))
 
-    def _known(self, past, hide, repeated: Callable):
-        """Of each block keys and values [R, heads, L, head_dim] of each frame before, and of each frame what hides it."""
-        config, size, known = self.config, self.size, []
+    def _known(self, past, mask, repeated: Callable):
+        """Of each block keys and values, each [R, heads, L, head_dim], of each frame before; and the mask of each frame."""
+        config, tokens, known = self.config, self.tokens, []
         before, head = config.window - 1, config.embed_dim // config.num_heads
         for own in self._split(past, 0, config.depth):
-            both = (self._shaped(x, -1, config.num_heads, before * size, head) for x in self._split(own, 1, 2))
-            known.append(tuple(self._split(repeated(x, config.num_heads, before * size, head), 2, before) for x in both))
-        return known, self._split(hide, 3, before)
+            both = (self._shaped(x, -1, config.num_heads, before * tokens, head) for x in self._split(own, 1, 2))
+            known.append(tuple(self._split(repeated(x, config.num_heads, before * tokens, head), 2, before) for x in both))
+        return known, self._split(mask, 3, before)
 
-    def _block(self, i: int, x, modulation, turn, known, hide):
-        """One block over the tokens x [R, L, dim] of a frame; its keys and values are added to those known."""
-        ops, config, size = self.ops, self.config, self.size
-        (qkv, project, widen, narrow), (shift1, scale1, gate1, shift2, scale2, gate2), heads = self.blocks[i], modulation, config.num_heads
+    def _block(self, maps, x, modulation, turn, known, mask):
+        """One block over the tokens x [R, L, dim] of a frame -> the same, and keys and values of the frames that the next one may see."""
+        ops, config, tokens, heads = self.ops, self.config, self.tokens, self.config.num_heads
+        (qkv, project, widen, narrow), (shift1, scale1, gate1, shift2, scale2, gate2), (cos, sin) = maps, modulation, turn
         y = qkv(ops.add(ops.multiply(self._norm(x), scale1), shift1))
-        y = ops.transpose(self._shaped(y, -1, size, 3 * heads, config.embed_dim // heads), np.array([0, 2, 1, 3]))
+        y = ops.transpose(self._shaped(y, -1, tokens, 3 * heads, config.embed_dim // heads), np.array([0, 2, 1, 3]))
         both, value = ops.variadic_split(y, np.array(1), np.array([2 * heads, heads])).outputs()
-        (low, high), (cos, sin) = self._split(both, 3, 2), turn
+        low, high = self._split(both, 3, 2)
         low, high = ops.subtract(ops.multiply(low, cos), ops.multiply(high, sin)), ops.add(ops.multiply(high, cos), ops.multiply(low, sin))
-        query, key = self._split(ops.concat([low, high], 3), 1, 2)
-        for frames, new in zip(known, (key, value)):
-            frames.append(new)
-            del frames[: -config.window]
+        query, key = self._split(ops.concat([low, high], 3), 1, 2)  # [R, heads, L, head_dim]
+        known = tuple([*frames, new][-config.window :] for frames, new in zip(known, (key, value)))
         keys, values = (ops.concat(frames, 2) if len(frames) > 1 else frames[0] for frames in known)
         scores = ops.matmul(query, keys, False, True)
-        y = ops.matmul(ops.softmax(scores if hide is None else ops.add(scores, hide), 3), values, False, False)
-        y = self._shaped(ops.transpose(y, np.array([0, 2, 1, 3])), -1, size, config.embed_dim)
+        y = ops.matmul(ops.softmax(scores if mask is None else ops.add(scores, mask), 3), values, False, False)
+        y = self._shaped(ops.transpose(y, np.array([0, 2, 1, 3])), -1, tokens, config.embed_dim)
         x = ops.add(x, ops.multiply(project(y), gate1))
         y = narrow(ops.gelu(widen(ops.add(ops.multiply(self._norm(x), scale2), shift2)), "erf"))
-        return ops.add(x, ops.multiply(y, gate2))
+        return ops.add(x, ops.multiply(y, gate2)), known
 
     def _linear(self, weight: Tensor, bias: Tensor) -> Callable:
-        """A linear map of these; what is mapped twice shares them."""
-        weight, bias = self._constant(weight), self._constant(bias)
-        return lambda x: self.ops.add(self.ops.matmul(x, weight, False, True), bias)
+        """A linear map of these; all that it maps shares them."""
+        ops, weight, bias = self.ops, self._constant(weight), self._constant(bias)
+        return lambda x: ops.add(ops.matmul(x, weight, False, True), bias)
 
     def _map(self, linear: nn.Linear) -> Callable:
         return self._linear(linear.weight, linear.bias)
 
     def _constant(self, x: Tensor):
-        return self.ops.constant(x.detach().float().contiguous().numpy().copy())
+        return self.ops.constant(x.detach().float().contiguous().numpy())
 
-    def _norm(self, x, eps: float = 1e-6):
-        return self.ops.mvn(x, np.array([-1]), True, eps, "inside_sqrt")
+    def _norm(self, x, eps: float | None = None):
+        return self.ops.mvn(x, np.array([-1]), True, self.eps if eps is None else eps, "inside_sqrt")
 
     def _shaped(self, x, *size: int):
         return self.ops.reshape(x, np.array(size), False)

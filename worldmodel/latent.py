@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+SQUEEZED = 8  # numbers that a head keeps of a patch
+LOG_STD = -4.0, 2.0  # between which that of a normal is
 LOGIT = 5.0  # of a code, at most: none is ever out of question
 
 
@@ -100,8 +102,8 @@ class LatentHead(nn.Module):
     ) -> None:
         super().__init__()
         self.codes = codes
-        self.squeeze = nn.Linear(features, 8)
-        self.hidden = nn.Linear(8 * patches * frames + condition, hidden)
+        self.squeeze = nn.Linear(features, SQUEEZED)
+        self.hidden = nn.Linear(SQUEEZED * patches * frames + condition, hidden)
         self.out = nn.Linear(hidden, latent if codes else 2 * latent)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -117,4 +119,4 @@ class LatentHead(nn.Module):
         if self.codes:
             return Codes(LOGIT * torch.tanh(out / LOGIT))
         mean, log_std = out.chunk(2, -1)
-        return Gaussian(mean, log_std.clamp(-4, 2))
+        return Gaussian(mean, log_std.clamp(*LOG_STD))

@@ -38,7 +38,8 @@ class LatentModel(nn.Module):
     step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do
     once a gate has worried (`detour`). `about` says how the weights were made;
     `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to. `compiled`, which may be
-    set, says whether to imagine by OpenVINO where it is installed (extra `fast`) and the model is on the processor.
+    set, says whether to imagine by OpenVINO where it is installed (extra `fast`) and the model is on the processor: fast for weights that
+    stay as they are, since it compiles for each half a second.
     """
 
     def __init__(
@@ -192,6 +193,11 @@ class LatentModel(nn.Module):
         z = predictor.posterior_of(past, actions, patches[:, first + 1 :]).mean
         _, cache = predictor(past, actions, z)
         return cache, patches.shape[1] - 1 - first
+
+    @property
+    def imagined_by(self) -> str:
+        """The library that its predictor runs in: openvino or torch."""
+        return "openvino" if isinstance(self._imaginer(), CompiledImaginer) else "torch"
 
     def _imaginer(self) -> Imaginer | CompiledImaginer | None:
         """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long.

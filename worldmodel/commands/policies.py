@@ -98,6 +98,8 @@ class Player:
             nonlocal begun
             if not begun:
                 agent.reset(goals_of(info), seed)
+                if self.config.realtime:
+                    agent.rehearse(obs)
                 begun = True
             action = decide(obs)
             last = agent.last

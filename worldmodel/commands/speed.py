@@ -9,6 +9,7 @@ multiplied. All ratios are within the one run. --out gets speed.json and a plot 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -117,8 +118,6 @@ def machine(threads: int) -> dict:
     """The processor, and its peak in dense matrix products, GFLOP/s per precision."""
     import torch
 
-    from worldmodel.compiled import library
-
     about, peak = Path("/proc/cpuinfo"), {}
     flags = about.read_text() if about.exists() else ""
     name = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "unknown")
@@ -134,7 +133,7 @@ def machine(threads: int) -> dict:
         peak[str(precision).removeprefix("torch.")] = best
     return {
         "processor": name, "cores": os.cpu_count(), "units": units, "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads, "precision": precision_used(), "imagined_by": "torch" if library() is None else "openvino", "peak_gflops": peak,
+        "threads": threads, "precision": precision_used(), "peak_gflops": peak,
     }  # fmt: skip
 
 
@@ -201,12 +200,14 @@ def rollouts(world, samples: int, horizon: int) -> dict:
 
     size = world.encoder.config.image_size
     frames = torch.randint(0, 256, (64, size, size * world.encoder.config.views, 3), dtype=torch.uint8)
-    result = {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
+    result = {"imagined_by": world.imagined_by}
+    result |= {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
     sizes = {"": samples, "many_": MANY * samples}
     works = {prefix: functools.partial(world.rollout, *problem(world, n, horizon)) for prefix, n in sizes.items()}
-    wanted, world.compiled = world.compiled, False  # only torch's operations can be counted
-    operations = {prefix: counted(work) for prefix, work in works.items()}
-    world.compiled = wanted
+    plainly = copy.deepcopy(world)  # only torch's operations can be counted
+    plainly.compiled = False
+    operations = {prefix: counted(functools.partial(plainly.rollout, *work.args)) for prefix, work in works.items()}
+    del plainly
     for prefix, work in works.items():
         seconds = timed(work)
         result[f"{prefix}candidate_steps_per_second"] = sizes[prefix] * horizon / seconds
