@@ -218,7 +218,8 @@ def run(config: Config) -> dict:
                 bar.set_postfix_str(f"{successes} of {len(log.episodes)} successes")
         player.close()
         episodes = [log.episodes[seed] for seed in seeds]
-        result = {"config": _identity(config), "episodes": episodes, "summary": summary(config, episodes)}
+        imagined_by = player.model.imagined_by if config.policy == "planner" else None  # numbers differ in their last bits
+        result = {"config": _identity(config), "episodes": episodes, "summary": {**summary(config, episodes), "imagined_by": imagined_by}}
         if config.record:
             checksums = [data.checksum(path_of(config, seed)) for seed in seeds]
             recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
