@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(PIP) install -c constraints.txt -e '.[test]'
 	$(PIP) install -c constraints.txt -e '.[fast]' || \
-	  echo "make setup: no OpenVINO for this machine; decisions will take longer, all else is the same" >&2
+	  echo "make setup: could not install OpenVINO (the extra fast); decisions take longer without it" >&2
 	@if MUJOCO_GL=egl $(DRAWS) || MUJOCO_GL=osmesa $(DRAWS); then :; \
 	 elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	   echo "make setup: no GL library to draw with; installing $(GL_PACKAGES)" >&2; \

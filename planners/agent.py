@@ -70,6 +70,13 @@ class Decision:
     answer: str = "plan"  # to the gate: plan; detour, where that came near a limit; or a cautious plan, smaller step, retreat, hold, hand over
 
 
+class _Refusing:
+    """Lets nothing go, so that all answers to that are tried."""
+
+    def judge(self, plan: Plan, imagined: Features, seen: Seen) -> Verdict:
+        return Verdict(False, 1.0, 0.0, "a rehearsal")
+
+
 class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
@@ -124,17 +131,17 @@ class Agent:
         self.last = None
 
     def rehearse(self, obs: Obs) -> None:
-        """Decide as if an observation were an episode's first one and its goal, then by the detour, and forget it.
+        """Decide as if an observation were an episode's first one and its goal, under a gate that refuses all, and forget it.
 
         What models and planners make ready when it is first needed, as to compile, which takes seconds, is ready then: for a robot
-        that does not wait, before it moves. The present episode stays as it is. Raises as `reset` and `act` do.
+        that does not wait, before it moves. The present episode stays as it is, if model and planner remember nothing of one. Raises as
+        `reset` and `act` do.
         """
         other = copy.copy(self)
-        other.gate = OpenGate()
-        other.reset(obs)
-        other.act(obs)
-        other.last, other._wary = None, True
-        other.act(obs)
+        other.gate = _Refusing()
+        for under_way in ((), (self.fallback,)):
+            other.reset(obs)
+            other.act(obs, under_way=under_way)
 
     @torch.no_grad()
     def act(self, obs: Obs, ran: np.ndarray | None = None, under_way: Sequence[np.ndarray] = ()) -> np.ndarray:

@@ -60,13 +60,21 @@ class VectorAgent:
         for i in np.flatnonzero(where):
             self.agents[i].reset(goals[i], seeds[i])
 
+    def rehearse(self, obs: Mapping[str, np.ndarray]) -> None:
+        """`Agent.rehearse` of all, for observations as `act` takes them."""
+        self._together(lambda agent, own: agent.rehearse(own), obs)
+
     def act(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Actions float32 [n, A] for observations {"pixels": uint8 [n, h, w, 3], "proprio": float32 [n, S]}.
 
         Raises as `Agent.act` does; the others have decided then, so `reset` all.
         """
+        return np.stack(self._together(lambda agent, own: agent.act(own), obs))
+
+    def _together(self, what: Callable[[Agent, Obs], Any], obs: Mapping[str, np.ndarray]) -> list[Any]:
+        """What each agent makes of its observation, the model asked once for all."""
         each = _each({key: obs[key] for key in ("pixels", "proprio") if key in obs}, len(self.agents), "observations")
-        return np.stack(self._model.together([lambda a=a, o=o: a.act(o) for a, o in zip(self.agents, each)]))
+        return self._model.together([lambda a=a, o=o: what(a, o) for a, o in zip(self.agents, each)])
 
 
 def _each(obs: Mapping[str, np.ndarray], count: int, what: str) -> list[dict[str, np.ndarray]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worldmodel.compiled import KEPT, CompiledImaginer, Graph, library
+from worldmodel.compiled import CompiledImaginer, Graph, library
 from worldmodel.imaginer import Imaginer
 from worldmodel.interface import Context, Features
 from worldmodel.model import LatentModel, load
@@ -63,11 +63,12 @@ def test_what_is_compiled_imagines_the_same(b, m, horizon, past, sizes):
 
 
 @torch.no_grad()
-def test_in_bfloat16_it_is_off_no_further_than_torch():
+@pytest.mark.parametrize("b", [1, 3])
+def test_in_bfloat16_it_is_off_no_further_than_torch(b):
     predictor = noisy(Predictor(SIZES))
     exact, rough = Imaginer(predictor, torch.float32), Imaginer(predictor, torch.bfloat16)
-    truth = exact.rollout(*problem(predictor, 1, 8, 3, 2))
-    asked = problem(predictor, 1, 8, 3, 2, rough.predictor)
+    truth = exact.rollout(*problem(predictor, b, 8, 3, 2))
+    asked = problem(predictor, b, 8, 3, 2, rough.predictor)
     for ours, torchs, true in zip(compiled(predictor, torch.bfloat16, *asked), rough.rollout(*asked), truth):
         assert float((ours - true).abs().mean()) < 1.5 * float((torchs - true).abs().mean()) + 1e-6
 
@@ -118,7 +119,7 @@ def test_a_model_says_whether_it_may():
     model.compiled = False
     assert model.imagined_by == "torch"
     for a, b in zip(ours, model.rollout(context, actions, z)):
-        assert float((a - b).abs().mean()) < 0.1  # in bfloat16, where the processor has it
+        assert float((a - b).abs().mean()) < (0.06 if a.shape[-1] > 7 else 1e-3)  # in bfloat16, where the processor has it
 
 
 def asked_of(model: LatentModel) -> tuple[Context, torch.Tensor, torch.Tensor]:
@@ -146,6 +147,18 @@ def test_it_is_imported_quietly_and_not_where_less_is_asked_of_torch(asked, told
     assert done.stdout.strip() == told
 
 
+def test_one_that_cannot_be_loaded_is_named_and_done_without(monkeypatch, caplog):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "openvino":
+                raise ImportError("libtbb.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert library.__wrapped__() is None and "libtbb.so.12" in caplog.text
+
+
 def test_what_does_not_compile_says_how_to_do_without(monkeypatch):
     def refused(*_):
         raise RuntimeError("no such operation")
@@ -157,15 +170,16 @@ def test_what_does_not_compile_says_how_to_do_without(monkeypatch):
 
 
 @torch.no_grad()
-def test_graphs_asked_for_last_are_kept_and_others_go():
+def test_graphs_asked_for_last_are_kept_and_others_go(monkeypatch):
     predictor = noisy(Predictor(SIZES))
-    imaginer, asked = CompiledImaginer(predictor, torch.float32), problem(predictor, 1, KEPT + 2, 1, 0)
+    imaginer, asked = CompiledImaginer(predictor, torch.float32), problem(predictor, 1, 6, 1, 0)
     now, _, start, actions, noise = asked
     past = imaginer.laid(None)
-    for m in range(1, KEPT + 3):
+    monkeypatch.setattr("worldmodel.compiled.KEPT", 4)
+    for m in range(1, 7):
         imaginer.rollout(now, past, start, actions[:, :m], noise[:, :m])
         imaginer.rollout(now, past, start, actions[:, :1], noise[:, :1])
-    assert {m for _, m, *_ in imaginer._compiled} == {1, *range(4, KEPT + 3)}
+    assert {m for _, m, *_ in imaginer._compiled} == {1, 4, 5, 6}
 
 
 def test_weights_are_let_go():

@@ -154,6 +154,17 @@ def test_an_interrupt_leaves_no_thread_behind(world):
     assert threading.active_count() <= before and torch.get_num_threads() == threads
 
 
+def test_all_rehearse_at_once(world):
+    answers = []
+    for rehearsed in (False, True):
+        several = VectorAgent(make, world, 2)
+        several.reset(pictures(2, 0))
+        if rehearsed:
+            several.rehearse(pictures(2, 3))
+        answers.append(several.act(pictures(2, 1)))
+    assert np.array_equal(*answers)
+
+
 def test_what_is_held_is_told_of_each(world):
     told = []
 

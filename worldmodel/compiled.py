@@ -23,23 +23,26 @@ from worldmodel.interface import Features
 from worldmodel.latent import LOG_STD, SQUEEZED
 from worldmodel.predictor import Cache, Predictor, merged, turns
 
-KEPT = 12  # graphs at most, of 20 to 80 MB
+KEPT = 32  # graphs at most, of 20 to 80 MB
 MASKED = -1e4  # added to the scores of frames that are not there
 
 
 @functools.cache
 def library():
-    """OpenVINO, or None where it is not installed, or torch was told to do with less than the processor has."""
+    """OpenVINO, or None where it is not installed, or ATEN_CPU_CAPABILITY says which instructions to use, which it does not heed."""
     if "ATEN_CPU_CAPABILITY" in os.environ:
         return None
-    sys.modules.setdefault("openvino_telemetry", None)  # else its import forks this process, which tells others that it was used
+    quiet = sys.modules.setdefault("openvino_telemetry", None) is None  # else its import forks this process, which tells others of it
     try:
         import openvino
         import openvino.opset13
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name != "openvino":
-            logging.getLogger(__name__).warning("OpenVINO is not used, since it misses %s: pip install 'openvino>=2025.1'", error.name)
+            logging.getLogger(__name__).warning("OpenVINO is installed, but cannot be used (%s): pip install 'openvino>=2025.1'", error)
         return None
+    finally:
+        if quiet:
+            del sys.modules["openvino_telemetry"]
     return openvino
 
 
@@ -81,12 +84,13 @@ class CompiledImaginer:
     def rollout(self, now: Features, past: tuple[np.ndarray, np.ndarray], start: int, actions: Tensor, noise: Tensor) -> Features:
         """As `Imaginer.rollout`; the past as it is `laid`. Raises RuntimeError where OpenVINO cannot compile it."""
         (b, m, horizon), predictor = actions.shape[:3], self.predictor
-        turn = (x for h in range(horizon) for x in halved(turns(self.config, start + h, 1, torch.float32, actions.device)))
+        turn = (x for h in range(horizon) for x in halved(turns(self.config, start + h, 1, torch.float32, actions.device)))  # split there, they
+        # would be rounded to bfloat16 before they turn anything, but not where there is one step alone
         given = (now.patches, predictor.normalise(now.proprio), actions, noise, *turn)
         inputs = [x.float().contiguous().numpy() for x in given]
         if self.config.window > 1:
             frames, mask = past
-            inputs += [np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:2], b, *frames.shape[3:]))), mask]
+            inputs += [frames if frames.shape[2] == b else frames.repeat(b, 2), mask]
         rows = (1, m) if b == 1 else (-1, -1)
         patches, proprio = map(torch.from_numpy, self._request(*rows, horizon, torch.get_num_threads())(inputs))
         return Features(patches, proprio * predictor.proprio_std + predictor.proprio_mean).map(lambda x: x.unflatten(0, (b, m)))
@@ -95,7 +99,7 @@ class CompiledImaginer:
         """What infers rollouts of b problems under m courses, -1 for any number of them."""
         key = b, m, horizon, threads
         with self._alone:
-            found = self._compiled.pop(key, None) or Request(self.graph.built(b, m, horizon), self.dtype, threads)
+            found = self._compiled.pop(key, None) or Request(lambda: self.graph.built(b, m, horizon), self.dtype, threads)
             self._compiled[key] = found
             if len(self._compiled) > KEPT:
                 del self._compiled[next(iter(self._compiled))]
@@ -105,13 +109,13 @@ class CompiledImaginer:
 class Request:
     """A compiled model that infers one thing at a time."""
 
-    def __init__(self, model, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, build: Callable, dtype: torch.dtype, threads: int) -> None:
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads, "ENABLE_HYPER_THREADING": True, "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
         try:
-            self._request = library().compile_model(model, "CPU", settings).create_infer_request()
+            self._request = library().compile_model(build(), "CPU", settings).create_infer_request()
         except RuntimeError as error:
             raise RuntimeError(
                 f"OpenVINO {library().__version__} cannot compile this model; without it torch imagines: pip uninstall openvino, or set "
@@ -134,7 +138,8 @@ class Graph:
     @torch.no_grad()
     def __init__(self, predictor: Predictor) -> None:
         p, config = predictor, predictor.config
-        self.ops, self.config, self.tokens, self.eps = library().opset13, config, predictor.tokens, predictor.norm.eps
+        self.ops, self.config, self.eps = library().opset13, config, p.norm.eps
+        self.patches, self.tokens = p.patches, p.tokens
         order = merged(torch.arange(p.patches)[None, None, :, None], config.grid, config.merge).flatten()
         near, far = p.prior.hidden.weight.split((SQUEEZED * p.patches, config.proprio_dim + config.action_dim), 1)
         near = near.unflatten(1, (p.patches, SQUEEZED))[:, order].flatten(1)
@@ -158,10 +163,10 @@ class Graph:
         of each step, and, for a window of several frames, what is `laid`. To patches [R, H, P, D] and proprio [R, H, S] normalised.
         """
         ops, config, tokens, shown, felt = self.ops, self.config, self.tokens, [], []
-        before, side, dim, head = config.window - 1, config.merge, config.feature_dim, config.embed_dim // config.num_heads
-        (rows, columns), squares_dim = (n // side for n in config.grid), side * side * dim
+        before, side, feature, head = config.window - 1, config.merge, config.feature_dim, config.embed_dim // config.num_heads
+        (rows, columns), square = (n // side for n in config.grid), side * side * feature
         sizes = [
-            (b, rows * side * columns * side, dim), (b, config.proprio_dim), (b, m, horizon, config.action_dim), (b, m, horizon, config.latent_dim),
+            (b, self.patches, feature), (b, config.proprio_dim), (b, m, horizon, config.action_dim), (b, m, horizon, config.latent_dim),
             *2 * horizon * [(1, 1, tokens, head // 2)],
         ]  # fmt: skip
         sizes += [(config.depth, 2, b, config.num_heads, before * tokens, head), (1, 1, 1, before * tokens)] if before else []
@@ -174,19 +179,19 @@ class Graph:
             wanted = ops.concat([np.array([1]), times, np.ones(len(size), np.int64)], 0)
             return self._shaped(ops.broadcast(ops.unsqueeze(x, np.array(1)), wanted, broadcast_spec="BIDIRECTIONAL"), -1, *size)
 
-        squares = ops.transpose(self._shaped(patches, -1, rows, side, columns, side, dim), np.array([0, 1, 3, 2, 4, 5]))
-        squares = self._shaped(squares, -1, tokens - 1, squares_dim)  # [B, P / merge^2, merge^2 * D], from the first step on [R, ...]
+        squares = ops.transpose(self._shaped(patches, -1, rows, side, columns, side, feature), np.array([0, 1, 3, 2, 4, 5]))
+        squares = self._shaped(squares, -1, tokens - 1, square)  # [B, P / merge^2, merge^2 * D], from the first step on [R, ...]
         proprio = repeated(proprio, config.proprio_dim)  # [R, S]
         actions = self._split(self._shaped(actions, -1, horizon, config.action_dim), 1, horizon)
         noise = self._split(self._shaped(noise, -1, horizon, config.latent_dim), 1, horizon)
         known, mask = self._known(*past, repeated) if before else ([([], [])] * config.depth, [])
         for h in range(horizon):
-            small = self.squeeze(self._shaped(squares, -1, tokens - 1, side * side, dim))
-            small = self._shaped(small, -1, SQUEEZED * (tokens - 1) * side * side)  # [B or R, 8 * P]
+            small = self.squeeze(self._shaped(squares, -1, tokens - 1, side * side, feature))
+            small = self._shaped(small, -1, SQUEEZED * self.patches)  # [B or R, 8 * P]
             seen = ops.add(self.embed(squares), self.place)  # [B or R, L - 1, dim]
             if not h:
-                small, seen = repeated(small, SQUEEZED * (tokens - 1) * side * side), repeated(seen, tokens - 1, config.embed_dim)
-                squares = repeated(squares, tokens - 1, squares_dim)
+                small, seen = repeated(small, SQUEEZED * self.patches), repeated(seen, tokens - 1, config.embed_dim)
+                squares = repeated(squares, tokens - 1, square)
             action, drawn = self._shaped(actions[h], -1, config.action_dim), self._shaped(noise[h], -1, config.latent_dim)
             modulations = self._modulations(small, proprio, action, drawn)
             there = ops.concat([*mask[h:], np.zeros((1, 1, 1, (h + 1) * tokens), np.float32)], 3) if mask[h:] else None
@@ -195,13 +200,13 @@ class Graph:
                 x, known[i] = self._block(self.blocks[i], x, modulation, turn[2 * h : 2 * h + 2], known[i], there)
             x = ops.add(ops.multiply(self._norm(x), self.scale), self.shift)
             first, others = ops.variadic_split(x, np.array(1), np.array([1, tokens - 1])).outputs()
-            change = self._shaped(ops.add(self.to_features(others), squares), -1, tokens - 1, side * side, dim)
-            squares = self._shaped(self._norm(change, 1e-5), -1, tokens - 1, squares_dim)  # torch's eps where none is given
+            change = self._shaped(ops.add(self.to_features(others), squares), -1, tokens - 1, side * side, feature)
+            squares = self._shaped(self._norm(change, 1e-5), -1, tokens - 1, square)  # torch's eps where none is given
             proprio = ops.add(proprio, self._shaped(self.to_proprio(first), -1, config.proprio_dim))
-            shown.append(self._shaped(squares, -1, 1, rows, columns, side, side, dim))
+            shown.append(self._shaped(squares, -1, 1, rows, columns, side, side, feature))
             felt.append(self._shaped(proprio, -1, 1, config.proprio_dim))
         patches = ops.transpose(ops.concat(shown, 1), np.array([0, 1, 2, 4, 3, 5, 6]))  # [R, H, rows, side, columns, side, D]
-        patches = self._shaped(patches, -1, horizon, rows * side * columns * side, dim)
+        patches = self._shaped(patches, -1, horizon, self.patches, feature)
         return library().Model([patches, ops.concat(felt, 1)], inputs, "rollout")
 
     def _modulations(self, small, proprio, action, noise):

@@ -197,7 +197,7 @@ class LatentModel(nn.Module):
     @property
     def imagined_by(self) -> str:
         """The library that its predictor runs in: openvino or torch."""
-        return "openvino" if isinstance(self._imaginer(), CompiledImaginer) else "torch"
+        return "openvino" if self.compiled and CompiledImaginer.fits(self.predictor) else "torch"
 
     def _imaginer(self) -> Imaginer | CompiledImaginer | None:
         """A copy of a predictor of ours that imagines faster, in bfloat16 where products gain by that: to cast weights takes as long.

@@ -202,8 +202,11 @@ def run(config: Config) -> dict:
     given, config = config, resolved(config)
     player = Player(config)
     player.begin(config.seed)  # notices what is wrong before anything is written
+    identity = _identity(config)
+    if config.policy in BUDGETS:
+        identity["imagined_by"] = getattr(player.model, "imagined_by", None)  # whose numbers are equal but for rounding, in bfloat16 to half a millimetre
     with files.owned(config.out, "bench") as folder:
-        log = Log.open(folder / "episodes.jsonl", _identity(config))
+        log = Log.open(folder / "episodes.jsonl", identity)
         if config.record:
             (folder / "data").mkdir(exist_ok=True)
             files.remove_leftovers(folder / "data")
@@ -218,11 +221,10 @@ def run(config: Config) -> dict:
                 bar.set_postfix_str(f"{successes} of {len(log.episodes)} successes")
         player.close()
         episodes = [log.episodes[seed] for seed in seeds]
-        imagined_by = player.model.imagined_by if config.policy == "planner" else None  # numbers differ in their last bits
-        result = {"config": _identity(config), "episodes": episodes, "summary": {**summary(config, episodes), "imagined_by": imagined_by}}
+        result = {"config": identity, "episodes": episodes, "summary": summary(config, episodes)}
         if config.record:
             checksums = [data.checksum(path_of(config, seed)) for seed in seeds]
-            recipe = {key: value for key, value in _identity(config).items() if key != "model"}  # its hash says which, wherever it is
+            recipe = {key: value for key, value in identity.items() if key != "model"}  # its hash says which, wherever it is
             data.write_recipe(folder / "data", _command(given), recipe, config.episodes, checksums, out="..")
         with files.replacing(folder / "results.json") as file:
             file.write(json.dumps(result, indent=1).encode())

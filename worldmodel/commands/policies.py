@@ -53,6 +53,7 @@ class Player:
         self.model = None if config.policy in SCRIPTED else load(config.model, config.policy, config.begin).to(usable(config.device))
         self.env = _environment(config, self.model)
         self.agent = None if self.model is None else self.make_agent(self.model)
+        self._rehearsed = False
 
     def begin(self, seed: int) -> None:
         """Start the episode of a seed; raises ValueError where environment, model and goals do not go together."""
@@ -98,8 +99,9 @@ class Player:
             nonlocal begun
             if not begun:
                 agent.reset(goals_of(info), seed)
-                if self.config.realtime:
+                if self.config.realtime and not self._rehearsed:
                     agent.rehearse(obs)
+                    self._rehearsed = True
                 begun = True
             action = decide(obs)
             last = agent.last
