@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from worldmodel.commands import speed
 from worldmodel.compiled import CompiledImaginer, Graph, library
 from worldmodel.imaginer import Imaginer
 from worldmodel.interface import Context, Features
@@ -120,6 +121,17 @@ def test_a_model_says_whether_it_may():
     assert model.imagined_by == "torch"
     for a, b in zip(ours, model.rollout(context, actions, z)):
         assert float((a - b).abs().mean()) < (0.06 if a.shape[-1] > 7 else 1e-3)  # in bfloat16, where the processor has it
+
+
+def test_operations_are_counted_whatever_imagines():
+    """Some 70 million for a step of a candidate of the shipped predictor, and its share of the context."""
+    model = load()
+    ours = model.rollout
+    model.rollout = lambda *asked: ours(*asked)  # as where the time is taken
+    told = speed.rollouts(model, 4, 2)
+    assert told["imagined_by"] == "openvino" == model.imagined_by
+    for prefix in ("", "many_"):
+        assert 6e7 < 1e9 * told[f"{prefix}rollout_gflops"] / told[f"{prefix}candidate_steps_per_second"] < 1.2e8
 
 
 def asked_of(model: LatentModel) -> tuple[Context, torch.Tensor, torch.Tensor]:

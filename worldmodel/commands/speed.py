@@ -9,7 +9,6 @@ multiplied. All ratios are within the one run. --out gets speed.json and a plot 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import os
@@ -204,10 +203,11 @@ def rollouts(world, samples: int, horizon: int) -> dict:
     result |= {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
     sizes = {"": samples, "many_": MANY * samples}
     works = {prefix: functools.partial(world.rollout, *problem(world, n, horizon)) for prefix, n in sizes.items()}
-    plainly = copy.deepcopy(world)  # only torch's operations can be counted
-    plainly.compiled = False
-    operations = {prefix: counted(functools.partial(plainly.rollout, *work.args)) for prefix, work in works.items()}
-    del plainly
+    wanted, world.compiled = world.compiled, False  # only torch's operations can be counted
+    try:
+        operations = {prefix: counted(work) for prefix, work in works.items()}
+    finally:
+        world.compiled = wanted
     for prefix, work in works.items():
         seconds = timed(work)
         result[f"{prefix}candidate_steps_per_second"] = sizes[prefix] * horizon / seconds
