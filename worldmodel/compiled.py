@@ -1,4 +1,4 @@
-"""Imagination as one graph that OpenVINO compiles for the processor: an `Imaginer`'s step in about half of its time.
+"""Imagination as one graph that OpenVINO compiles for the processor: an `Imaginer`'s step in two thirds of its time or less.
 
 Of few candidates torch spends its time on calling a hundred operators for each imagined step, of many on moving what lies between
 two products. OpenVINO fuses these, and a rollout is one call. It is used wherever it is installed (the extra `fast`), and says the same
