@@ -84,8 +84,8 @@ class CompiledImaginer:
     def rollout(self, now: Features, past: tuple[np.ndarray, np.ndarray], start: int, actions: Tensor, noise: Tensor) -> Features:
         """As `Imaginer.rollout`; the past as it is `laid`. Raises RuntimeError where OpenVINO cannot compile it."""
         (b, m, horizon), predictor = actions.shape[:3], self.predictor
-        turn = (x for h in range(horizon) for x in halved(turns(self.config, start + h, 1, torch.float32, actions.device)))  # split there, they
-        # would be rounded to bfloat16 before they turn anything, but not where there is one step alone
+        # Each step's turns apart: if the graph split them it would round them to bfloat16 first, but not those of a single step.
+        turn = (x for h in range(horizon) for x in halved(turns(self.config, start + h, 1, torch.float32, actions.device)))
         given = (now.patches, predictor.normalise(now.proprio), actions, noise, *turn)
         inputs = [x.float().contiguous().numpy() for x in given]
         if self.config.window > 1:

@@ -199,19 +199,19 @@ def rollouts(world, samples: int, horizon: int) -> dict:
 
     size = world.encoder.config.image_size
     frames = torch.randint(0, 256, (64, size, size * world.encoder.config.views, 3), dtype=torch.uint8)
-    result = {"imagined_by": world.imagined_by}
-    result |= {"encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
+    result = {"imagined_by": world.imagined_by, "encoder_fps": len(frames) / timed(lambda: world.encoder.encode(frames))}
     sizes = {"": samples, "many_": MANY * samples}
     works = {prefix: functools.partial(world.rollout, *problem(world, n, horizon)) for prefix, n in sizes.items()}
-    wanted, world.compiled = world.compiled, False  # only torch's operations can be counted
+    wanted, world.compiled = world.compiled, False  # only torch's operations can be counted, and its time is what others' is compared with
     try:
-        operations = {prefix: counted(work) for prefix, work in works.items()}
+        plain = {prefix: (counted(work), timed(work)) for prefix, work in works.items()}
     finally:
         world.compiled = wanted
     for prefix, work in works.items():
-        seconds = timed(work)
+        (operations, usual), seconds = plain[prefix], timed(work)
+        result[f"{prefix}times_torch"] = usual / seconds
         result[f"{prefix}candidate_steps_per_second"] = sizes[prefix] * horizon / seconds
-        result[f"{prefix}rollout_gflops"] = operations[prefix] / seconds / 1e9
+        result[f"{prefix}rollout_gflops"] = operations / seconds / 1e9
     return result
 
 
@@ -311,6 +311,7 @@ def report(result: dict) -> str:
         **{
             f"{told} candidates": f"{result[f'{prefix}candidate_steps_per_second']:.0f} candidate-steps/s, "
             f"{result[f'{prefix}rollout_gflops']:.0f} GFLOP/s, {result[f'{prefix}rollout_share_of_peak']:.0%} of the peak"
+            + (f", {result[f'{prefix}times_torch']:.1f} times as fast as torch" if result["imagined_by"] != "torch" else "")
             for prefix, told in (("", f"imagining {result['samples']}"), ("many_", f"  {MANY * result['samples']}"))
         },
         "decision": f"{1000 * seconds['median']:.0f} ms median, {1000 * seconds['p95']:.0f} ms 95th percentile of {result['decisions']}, gate on, "
