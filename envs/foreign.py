@@ -54,7 +54,7 @@ class Foreign:
     @property
     def players(self) -> tuple[str, ...]:
         """Who can act there without a model."""
-        return ("play", "random", "nothing") if self.ready is None else ("mixture", "expert", "play", "random", "nothing")
+        return ("play", "random", "nothing") if self.ready is None else ("mixture", "expert", "noisy", "play", "random", "nothing")
 
     def __post_init__(self) -> None:
         if self.ready is not None:
@@ -433,9 +433,9 @@ def _succeeds(info: Mapping[str, Any]) -> bool:
 
 
 def policy(name: str, env: gym.Env, rng: np.random.Generator) -> Callable[[dict], np.ndarray]:
-    """Who acts: random (anew at each step), play (each action held for a while), or nothing; where it is ready, expert or mixture."""
+    """Who acts: random (anew at each step), play (each action held for a while), or nothing; where it is ready, expert, noisy or mixture."""
     size = env.action_space.shape[0]
-    if name in ("expert", "mixture") and env.config.ready is not None:
+    if name in ("expert", "noisy", "mixture") and env.config.ready is not None:
         return env.config.ready.player(name, env.config.frame_skip, rng)
     if name == "nothing":
         return lambda info: np.zeros(size, np.float32)

@@ -194,7 +194,7 @@ class FetchExpert:
                 self._closing, grip = 1, -1.0
         else:
             goal = block + [0.0, 0.0, 0.08]
-        motion = (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
+        motion = self.GAIN * (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
         return np.append(motion.clip(-1, 1), grip).astype(np.float32)
 
 
@@ -294,17 +294,23 @@ class Cube(gym.Wrapper):
 
 
 class CubeExpert:
-    """From above onto the cube, close, up, across, down, open, up, and away; `noise`, `offset` and `drop` spoil it.
+    """From above onto the cube, close, up, across, down, open, up, and away; `noise`, `jolts`, `offset` and `drop` spoil it.
 
-    In the end it goes anywhere, as the arm is in the benchmark's goal pictures: where the cube is, these tell by the cube alone.
-    It never waits: who imitates it, and sees one picture, could not tell how long it has waited.
+    It comes down the more the nearer it is, onto the cube and with it onto the target: who imitates it may be anywhere, and from
+    nowhere is the way down far from what was shown. In the end it goes anywhere, as the arm is in the benchmark's goal pictures:
+    where the cube is, these tell by the cube alone. It never waits: who imitates it, and sees one picture, could not tell how
+    long it has waited. `jolts` is how often a step goes astray, from which it finds back.
     """
 
     HIGH = 0.12  # m over the table, where it crosses
     AWAY = np.array([[0.25, -0.35, 0.2], [0.6, 0.35, 0.35]])  # m, corners of where it goes in the end: where the benchmark's arm begins
+    GAIN = 1.6  # of motions, of which the hand goes 0.4 within a step
+    JOLT = 0.05  # m, standard deviation
 
-    def __init__(self, skip: int, rng: np.random.Generator, noise: float = 0.0, offset: float = 0.0, drop: bool = False) -> None:
-        self._rng, self._noise, self._step = rng, noise, _REACH * skip
+    def __init__(
+        self, skip: int, rng: np.random.Generator, noise: float = 0.0, offset: float = 0.0, drop: bool = False, jolts: float = 0.0
+    ) -> None:
+        self._rng, self._noise, self._jolts, self._step = rng, noise, jolts, _REACH * skip
         self._offset = rng.normal(0.0, offset, 3) * [1, 1, 0] if offset else np.zeros(3)
         self._drops_after = int(rng.integers(1, 6)) if drop else None
         self._phase, self._count = "approach", 0
@@ -316,50 +322,52 @@ class CubeExpert:
         turn = (info["privileged/yaw"] - info["privileged/hand_yaw"] + np.pi / 4) % (np.pi / 2) - np.pi / 4
         goal, grip = self._go(hand, cube, target)
         self._count += 1
-        motion = (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
-        turning = turn / 0.3 / 2 if self._phase in ("approach", "descend") else 0.0
+        motion = self.GAIN * (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
+        if self._jolts and self._phase in ("approach", "carry", "leave", "away") and self._rng.random() < self._jolts:
+            motion = motion + self._rng.normal(size=3) * (self.GAIN * self.JOLT / self._step)
+        turning = turn / 0.3 if self._phase == "approach" else 0.0
         return np.array([*motion, turning, grip]).clip(-1, 1).astype(np.float32)
 
     def _go(self, hand: np.ndarray, cube: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
         """Where to, m, and what the gripper is told; moves on to the next phase where this one is done."""
-        aside = np.linalg.norm((hand - cube)[:2])
-        if self._phase == "approach" and aside < 0.015:
-            self._next("descend")
-        elif self._phase == "descend" and (hand[2] - cube[2] < 0.01 or self._count > 8):
+        if self._phase == "approach" and (self._is_at(hand, cube) or self._count > 20):
             self._next("close")
         elif self._phase == "close" and self._count > 0:
-            self._next("lift")
-        elif self._phase == "lift" and hand[2] > self.HIGH - 0.03:
             self._next("carry")
-        elif self._phase == "carry" and np.linalg.norm((hand - target)[:2]) < 0.03:
-            self._next("lower")
-        elif self._phase == "lower" and (hand[2] - target[2] < 0.01 or self._count > 8):
+        elif self._phase == "carry" and self._is_at(hand, target):
             self._next("open")
         elif self._phase == "open" and self._count > 0:
             self._next("leave")
         elif self._phase == "leave" and hand[2] > self.HIGH:
             self._next("away")
-        elif self._phase in ("carry", "lower") and self._drops_after is None and np.linalg.norm(hand - cube) > 0.06:
+        elif self._phase == "carry" and self._drops_after is None and np.linalg.norm(hand - cube) > 0.06:
             self._next("approach")  # lost
         if self._phase == "carry" and self._drops_after is not None and self._count > self._drops_after:
             self._next("leave")
-        high = lambda place: np.array([place[0], place[1], self.HIGH])  # noqa: E731
         return {
-            "approach": (high(cube), 1.0), "descend": (cube, 1.0), "close": (hand, -1.0), "lift": (high(hand), -1.0),
-            "carry": (high(target), -1.0), "lower": (target, -1.0), "open": (hand, 1.0), "leave": (high(hand) + [0, 0, 0.1], 1.0),
-            "away": (self._away, 1.0),
+            "approach": (self._funnel(hand, cube, 0.03), 1.0), "close": (hand, -1.0), "carry": (self._funnel(hand, target, 0.08), -1.0),
+            "open": (hand, 1.0), "leave": (np.array([*hand[:2], self.HIGH + 0.1]), 1.0), "away": (self._away, 1.0),
         }[self._phase]  # fmt: skip
+
+    def _is_at(self, hand: np.ndarray, place: np.ndarray) -> bool:
+        """Whether the hand has come down onto a place."""
+        return hand[2] - place[2] < 0.01 and np.linalg.norm((hand - place)[:2]) < 0.015
+
+    def _funnel(self, hand: np.ndarray, place: np.ndarray, wide: float) -> np.ndarray:
+        """Where to go, m, to come down onto a place from wherever the hand is: at most so high, where it is so far aside; first up, then across."""
+        height = place[2] + (self.HIGH - place[2]) * min(np.linalg.norm((hand - place)[:2]) / wide, 1.0)
+        return np.array([*(hand if hand[2] < height - 0.03 else place)[:2], height])
 
     def _next(self, phase: str) -> None:
         self._phase, self._count = phase, 0
 
 
-def maker_of(expert: Callable[..., Policy]) -> Callable[[str, int, np.random.Generator], Policy]:
-    """Makes the expert, or a mixture that is drawn anew for each episode: experts that are noisy, miss, or drop."""
+def maker_of(expert: Callable[..., Policy], noisy: Mapping[str, float]) -> Callable[[str, int, np.random.Generator], Policy]:
+    """Makes the expert, a noisy one, or a mixture that is drawn anew for each episode: experts that are noisy, miss, or drop."""
 
     def make(name: str, skip: int, rng: np.random.Generator) -> Policy:
-        if name == "expert":
-            return expert(skip, rng)
+        if name != "mixture":
+            return expert(skip, rng, **(noisy if name == "noisy" else {}))
         kinds = {"noise": float(rng.uniform(0.1, 0.5))}, {"noise": 0.2, "offset": 0.03}, {"noise": 0.2, "drop": True}
         return expert(skip, rng, **kinds[rng.choice(3, p=[0.6, 0.25, 0.15])])
 
@@ -374,7 +382,7 @@ class Ready:
     kwargs: dict[str, Any]  # for gym.make, unless others are given
     wrap: Callable[[gym.Env, float], gym.Env]  # of the environment, and the least distance of goals; it has `goals`
     proprio: Callable[[Any], np.ndarray]  # of its observation
-    player: Callable[[str, int, np.random.Generator], Policy]  # expert or mixture, for a frame skip
+    player: Callable[[str, int, np.random.Generator], Policy]  # expert, noisy or mixture, for a frame skip
     subgoal_steps: tuple[int, ...]  # with its frame skip in the presets
     heeds: tuple[str, ...] = ("frame_skip",)  # fields of Foreign that mean something here, beside id and kwargs
     to_collect: Mapping[str, Any] | None = None  # more for gym.make, where no goals are wanted
@@ -385,13 +393,13 @@ READY: dict[str, Ready] = {  # by id, without the module
         "gymnasium_robotics",
         {"max_episode_steps": -1, "render_mode": "rgb_array", "width": 192, "height": 192, "default_camera_config": {
             "distance": 1.1, "azimuth": 155.0, "elevation": -22.0, "lookat": np.array([1.36, 0.75, 0.6])}},
-        Fetch, fetch_proprio, maker_of(FetchExpert), (12, 12), ("frame_skip", "least"),
+        Fetch, fetch_proprio, maker_of(FetchExpert, {"noise": 0.3}), (12, 12), ("frame_skip", "least"),
     ),
     "visual-cube-single-v0": Ready(
         "ogbench",
         {"max_episode_steps": 10_000, "disable_env_checker": True, "render_mode": "rgb_array", "terminate_at_goal": False,
          "width": 96, "height": 96},
-        lambda env, least: Cube(env), lambda obs: obs["proprio"], maker_of(CubeExpert), (14, 14, 14),
+        lambda env, least: Cube(env), lambda obs: obs["proprio"], maker_of(CubeExpert, {"jolts": 0.15}), (14, 14, 14),
         to_collect={"mode": "data_collection"},
     ),
 }  # fmt: skip

@@ -74,7 +74,7 @@ class Config:
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
     """an environment of others instead of the robot; task, object, cameras, action-dim and randomization are the robot's.
-    Who acts there: play (the default), random or nothing; where `envs.peers` knows it, also expert or mixture, the default then"""
+    Who acts there: play (the default), random or nothing; where `envs.peers` knows it, also expert, noisy or mixture, the default then"""
 
     def __post_init__(self):
         for name in ("episodes", "workers", "image_size", "max_steps"):
