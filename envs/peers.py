@@ -299,7 +299,7 @@ class CubeExpert:
     It comes down the more the nearer it is, onto the cube and with it onto the target: who imitates it may be anywhere, and from
     nowhere is the way down far from what was shown. In the end it goes anywhere, as the arm is in the benchmark's goal pictures:
     where the cube is, these tell by the cube alone. It never waits: who imitates it, and sees one picture, could not tell how
-    long it has waited. `jolts` is how often a step goes astray, from which it finds back.
+    long it has waited. `noise` is a share of each motion, `jolts` how often a step goes astray, from which it finds back.
     """
 
     HIGH = 0.12  # m over the table, where it crosses
@@ -322,7 +322,8 @@ class CubeExpert:
         turn = (info["privileged/yaw"] - info["privileged/hand_yaw"] + np.pi / 4) % (np.pi / 2) - np.pi / 4
         goal, grip = self._go(hand, cube, target)
         self._count += 1
-        motion = self.GAIN * (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
+        motion = self.GAIN * (goal - hand) / self._step
+        motion = motion + self._noise * max(0.1, *map(abs, motion)) * self._rng.normal(size=3)
         if self._jolts and self._phase in ("approach", "carry", "leave", "away") and self._rng.random() < self._jolts:
             motion = motion + self._rng.normal(size=3) * (self.GAIN * self.JOLT / self._step)
         turning = turn / 0.3 if self._phase == "approach" else 0.0

@@ -9,7 +9,7 @@ import pytest
 
 import envs
 from envs.foreign import Foreign, make, policy
-from envs.peers import coarsen
+from envs.peers import CubeExpert, coarsen
 from envs.check import check_goal_env
 from worldmodel.commands import cli
 
@@ -412,6 +412,33 @@ def test_an_expert_plays_the_tasks_of_ogbench(cube):
         if over:
             break
     assert info["success"] and np.linalg.norm(info["privileged/object_pos"] - info["privileged/target_pos"]) <= 0.04
+
+
+def test_the_cubes_expert_comes_down_the_more_the_nearer_it_is():
+    """Over the cube: straight down; a centimetre or two aside: across and down, less; low and far aside: up at first."""
+    cube = np.array([0.4, 0.0, 0.02])
+
+    def motion(*offset):
+        info = {"privileged/object_pos": cube, "privileged/target_pos": cube + [0.1, 0.1, 0.0], "privileged/yaw": 0.0, "privileged/hand_yaw": 0.0}
+        return CubeExpert(4, np.random.default_rng(0))(info | {"privileged/hand": cube + offset})
+
+    over, aside, low = motion(0.0, 0.0, 0.1), motion(0.02, 0.0, 0.1), motion(0.1, 0.0, 0.0)
+    assert np.abs(over[:2]).max() < 1e-6 and over[2] < aside[2] < 0 and aside[0] < 0
+    assert low[0] == 0 and low[2] > 0.5 and over[-1] == aside[-1] == low[-1] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered:UserWarning")
+def test_a_noisy_expert_finds_back_in_ogbench(cube):
+    plain, noisy = (policy(name, cube, np.random.default_rng(2)) for name in ("expert", "noisy"))
+    _, info = cube.reset(seed=1)
+    strays = 0
+    for _ in range(40):
+        action = noisy(info)
+        strays += not np.array_equal(action, plain(info))
+        _, _, over, _, info = cube.step(action)
+        if over:
+            break
+    assert strays and info["success"]
 
 
 def try_out(env):
