@@ -27,6 +27,7 @@ class ImitationConfig:
     """A training recipe; its fields, the encoder and the data decide the weights."""
 
     reach: int = 30  # goals are 1 to so many steps ahead, as far as the episode goes
+    ends: float = 0.0  # share of the goals that are an episode's last frame, however far ahead
     strangers: float = 0.0  # share of the goals of steps before a grasp that are what other episodes came to
     log_above: float = 0.0  # motion, as a share of the largest, above which it counts by its logarithm; 0: all counts alike
     width: int = 256
@@ -42,15 +43,17 @@ class ImitationConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.rate <= 0:
             raise ValueError(f"rate is {self.rate}, expected more than 0")
-        if not 0 <= self.strangers <= 1 or not 0 <= self.log_above <= 1:
-            raise ValueError(f"strangers is {self.strangers} and log_above {self.log_above}, expected 0 to 1")
+        for name in ("ends", "strangers", "log_above"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
 
-def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [batch] and goals [batch] of the same episodes, 1 to `reach` steps later."""
+def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator, ends: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Frames [batch] and goals [batch] of the same episodes, 1 to `reach` steps later, or for a share of them their last frames."""
     now = frames.clip_index(batch, 2, 1, rng)[:, 0]
     left = frames.offsets[frames.episode_of[now] + 1] - 1 - now  # steps to the episode's end
-    return now, now + rng.integers(1, np.minimum(left, reach) + 1)
+    ahead = rng.integers(1, np.minimum(left, reach) + 1)
+    return now, now + (np.where(rng.random(batch) < ends, left, ahead) if ends else ahead)
 
 
 def aimless(frames: Frames) -> np.ndarray:
@@ -117,7 +120,7 @@ def fit_policy(
     free = aimless(frames)
 
     def drawn(frames: Frames, features: np.ndarray | Tensor, batch: int, rng: np.random.Generator, free: np.ndarray | None = None) -> list[Tensor]:
-        now, goal = hindsight(frames, batch, config.reach, rng)
+        now, goal = hindsight(frames, batch, config.reach, rng, config.ends)
         ahead = (goal - now).astype(np.float32)
         if free is not None and config.strangers:
             goal, others = estranged(frames, now, goal, free, config.strangers, rng)

@@ -35,6 +35,9 @@ class Config:
     """where it trains: cpu, cuda"""
     reach: int = 30
     """goals are 1 to so many steps ahead of an action, in the same episode"""
+    ends: float = 0.0
+    """share of the goals that are the last frame of the episode, however far ahead: where goal pictures are of what is done, with the
+    arm out of the way (0 to 1)"""
     strangers: float = 0.0
     """share of the goals, for steps before the gripper first closes, that are what other episodes came to: the way to an object is that to
     any goal of it, where the data is of hands that fetch what lies somewhere else each time (0 to 1)"""
