@@ -320,7 +320,7 @@ class CubeExpert:
         """An action [5]."""
         hand, cube, target = info["privileged/hand"], info["privileged/object_pos"] + self._offset, info["privileged/target_pos"]
         turn = (info["privileged/yaw"] - info["privileged/hand_yaw"] + np.pi / 4) % (np.pi / 2) - np.pi / 4
-        goal, grip = self._go(hand, cube, target)
+        goal, grip = self._go(hand, cube, target, abs(turn))
         self._count += 1
         motion = self.GAIN * (goal - hand) / self._step
         motion = motion + self._noise * max(0.1, *map(abs, motion)) * self._rng.normal(size=3)
@@ -329,8 +329,8 @@ class CubeExpert:
         turning = turn / 0.3 if self._phase == "approach" else 0.0
         return np.array([*motion, turning, grip]).clip(-1, 1).astype(np.float32)
 
-    def _go(self, hand: np.ndarray, cube: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float]:
-        """Where to, m, and what the gripper is told; moves on to the next phase where this one is done."""
+    def _go(self, hand: np.ndarray, cube: np.ndarray, target: np.ndarray, turn: float) -> tuple[np.ndarray, float]:
+        """Where to, m, of a hand that is to turn by so much, and what the gripper is told; moves on to the next phase where this one is done."""
         if self._phase == "approach" and (self._is_at(hand, cube) or self._count > 20):
             self._next("close")
         elif self._phase == "close" and self._count > 0:
@@ -346,7 +346,7 @@ class CubeExpert:
         if self._phase == "carry" and self._drops_after is not None and self._count > self._drops_after:
             self._next("leave")
         return {
-            "approach": (self._funnel(hand, cube, 0.03), 1.0), "close": (hand, -1.0), "carry": (self._funnel(hand, target, 0.08), -1.0),
+            "approach": (self._funnel(hand, cube, 0.03, 0.04 * turn), 1.0), "close": (hand, -1.0), "carry": (self._funnel(hand, target, 0.08), -1.0),
             "open": (hand, 1.0), "leave": (np.array([*hand[:2], self.HIGH + 0.1]), 1.0), "away": (self._away, 1.0),
         }[self._phase]  # fmt: skip
 
@@ -354,9 +354,13 @@ class CubeExpert:
         """Whether the hand has come down onto a place."""
         return hand[2] - place[2] < 0.01 and np.linalg.norm((hand - place)[:2]) < 0.015
 
-    def _funnel(self, hand: np.ndarray, place: np.ndarray, wide: float) -> np.ndarray:
-        """Where to go, m, to come down onto a place from wherever the hand is: at most so high, where it is so far aside; first up, then across."""
-        height = place[2] + (self.HIGH - place[2]) * min(np.linalg.norm((hand - place)[:2]) / wide, 1.0)
+    def _funnel(self, hand: np.ndarray, place: np.ndarray, wide: float, off: float = 0.0) -> np.ndarray:
+        """Where to go, m, to come down onto a place from wherever the hand is: the higher, the further aside, m; first up, then across.
+
+        Its foot is flat, since hands lag: who is told of too small a motion stays where it is.
+        """
+        aside = np.linalg.norm((hand - place)[:2]) + off - 0.01
+        height = place[2] + (self.HIGH - place[2]) * float(np.clip(aside / wide, 0.0, 1.0))
         return np.array([*(hand if hand[2] < height - 0.03 else place)[:2], height])
 
     def _next(self, phase: str) -> None:
