@@ -79,6 +79,9 @@ def test_goals_in_hindsight_lie_ahead_in_the_same_episode():
     assert (frames.episode_of[now] == frames.episode_of[goal]).all()
     assert set(goal - now) == {1, 2, 3}
     assert set(now) == {0, 1, 2, 3, *range(5, 14)}  # all but the last frames
+    again, goal = hindsight(frames, 500, 3, np.random.default_rng(0), 0.5)
+    last = frames.offsets[frames.episode_of[again] + 1] - 1
+    assert np.array_equal(again, now) and 0.4 < (goal == last).mean() < 0.8 and (goal[goal != last] - now[goal != last] <= 3).all()
 
 
 def test_the_way_to_an_object_is_that_to_any_goal():
