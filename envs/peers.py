@@ -194,7 +194,7 @@ class FetchExpert:
                 self._closing, grip = 1, -1.0
         else:
             goal = block + [0.0, 0.0, 0.08]
-        motion = self.GAIN * (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
+        motion = (goal - hand) / self._step + self._noise * self._rng.normal(size=3)
         return np.append(motion.clip(-1, 1), grip).astype(np.float32)
 
 
@@ -331,7 +331,7 @@ class CubeExpert:
 
     def _go(self, hand: np.ndarray, cube: np.ndarray, target: np.ndarray, turn: float) -> tuple[np.ndarray, float]:
         """Where to, m, of a hand that is to turn by so much, and what the gripper is told; moves on to the next phase where this one is done."""
-        if self._phase == "approach" and (self._is_at(hand, cube) or self._count > 20):
+        if self._phase == "approach" and (self._is_at(hand, cube) or self._count > 20):  # something is in the way
             self._next("close")
         elif self._phase == "close" and self._count > 0:
             self._next("carry")
