@@ -131,9 +131,9 @@ def machine(threads: int) -> dict:
             a = torch.randn(n, n).to(precision)
             picture = a.view(1, n, 32, n // 32).contiguous(memory_format=torch.channels_last)
             ways = (lambda a=a: a @ a), (lambda a=a, x=picture: F.conv2d(x, a[..., None, None]))
-            seconds = min(timed(way, best=True) for way in ways)
-            best = max(best, 2 * n**3 / seconds / 1e9)
-            if seconds > 0.1:  # the next product is eight times as much, and some processors do not know bfloat16
+            seconds = [timed(way, best=True) for way in ways]
+            best = max(best, 2 * n**3 / min(seconds) / 1e9)
+            if max(seconds) > 0.1:  # the next product is eight times as much, and some processors do not know bfloat16
                 break
         peak[str(precision).removeprefix("torch.")] = best
     return {
