@@ -53,7 +53,9 @@ def hindsight(frames: Frames, batch: int, reach: int, rng: np.random.Generator, 
     now = frames.clip_index(batch, 2, 1, rng)[:, 0]
     left = frames.offsets[frames.episode_of[now] + 1] - 1 - now  # steps to the episode's end
     ahead = rng.integers(1, np.minimum(left, reach) + 1)
-    return now, now + (np.where(rng.random(batch) < ends, left, ahead) if ends else ahead)
+    if ends:  # else nothing is drawn: recipes without it give the weights that they gave
+        ahead = np.where(rng.random(batch) < ends, left, ahead)
+    return now, now + ahead
 
 
 def aimless(frames: Frames) -> np.ndarray:
