@@ -7,6 +7,8 @@ import sys
 import threading
 import weakref
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from worldmodel.predictor import Predictor, PredictorConfig
 
 pytestmark = pytest.mark.skipif(library() is None, reason="OpenVINO is not installed (the extra `fast`)")
 
+ROOT = Path(__file__).parents[1]
 SIZES = PredictorConfig(feature_dim=48, grid=(4, 4), latent_dim=3, embed_dim=48, depth=2, num_heads=2)
 
 
@@ -159,6 +162,29 @@ def test_it_is_imported_quietly_and_not_where_less_is_asked_of_torch(asked, told
     assert done.stdout.strip() == told
 
 
+INTERRUPTED = """
+import signal
+from tests.test_compiled import *
+predictor = noisy(Predictor(SIZES))
+imaginers, (now, _, *asked) = [CompiledImaginer(predictor, torch.float32) for _ in range(3)], problem(predictor, 1, 1, 1, 0)
+for imaginer in imaginers:
+    imaginer.rollout(now, imaginer.laid(None), *asked)
+del imaginer
+while imaginers:
+    del imaginers[0]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_is_one_after_graphs_have_come_and_gone():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
+
+
 def test_one_that_cannot_be_loaded_is_named_and_done_without(monkeypatch, caplog):
     class Broken:
         def find_spec(self, name, path=None, target=None):
@@ -175,7 +201,7 @@ def test_what_does_not_compile_says_how_to_do_without(monkeypatch):
     def refused(*_):
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(library(), "compile_model", refused)
+    monkeypatch.setattr("worldmodel.compiled.core", lambda: SimpleNamespace(compile_model=refused))
     predictor = noisy(Predictor(SIZES))
     with torch.no_grad(), pytest.raises(RuntimeError, match="cannot compile.*model.compiled = False.*no such operation"):
         compiled(predictor, torch.float32, *problem(predictor, 1, 2, 1, 0))

@@ -46,6 +46,16 @@ def library():
     return openvino
 
 
+@functools.cache
+def core():
+    """What compiles, once for the life of a process.
+
+    It gives its thread a stack for signals and takes it away when it goes, out of turn where several come and go: Ctrl-C would end in a
+    segmentation fault. `openvino.compile_model` makes one for each graph.
+    """
+    return library().Core()
+
+
 class CompiledImaginer:
     """Imagines what an `Imaginer` does, on the processor, by graphs that are compiled when they are first needed, each in half a second.
 
@@ -115,7 +125,7 @@ class Request:
             "INFERENCE_NUM_THREADS": threads, "ENABLE_HYPER_THREADING": True, "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
         try:
-            self._request = library().compile_model(build(), "CPU", settings).create_infer_request()
+            self._request = core().compile_model(build(), "CPU", settings).create_infer_request()
         except RuntimeError as error:
             raise RuntimeError(
                 f"OpenVINO {library().__version__} cannot compile this model; without it torch imagines: pip uninstall openvino, or set "
