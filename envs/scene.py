@@ -70,6 +70,7 @@ _ON_OBJECT = [kind * _KINDS + _OBJECT for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE
 _ON_TABLE = [kind * _KINDS + _TABLE for kind in (_ROBOT, _LEFT, _RIGHT)]
 _ON_POST = [kind * _KINDS + _POST for kind in (_ROBOT, _LEFT, _RIGHT, _OBJECT)]
 _NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, 0.0, False)
+_WRIST_NEAR = 0.01  # m
 POSTS, POST_HEIGHT, POST_RADIUS = 3, 0.08, 0.012  # how many there are, and m, as in scene.xml
 
 
@@ -102,7 +103,11 @@ class Renderer:
     def draw(self, data: mujoco.MjData, camera: int) -> np.ndarray:
         """Return what a camera sees, uint8 [size, size, 3]."""
         self._camera.fixedcamid = camera
+        near = self._model.vis.map.znear
+        if self._model.cam_bodyid[camera]:  # on the hand: what the fingers hold is closer than what the others may see
+            self._model.vis.map.znear = _WRIST_NEAR / self._model.stat.extent
         mujoco.mjv_updateScene(self._model, data, self._option, self._perturb, self._camera, self._all, self._scene)
+        self._model.vis.map.znear = near
         self._cast(data)
         self._gl.make_current()
         mujoco.mjr_render(self._rect, self._scene, self._context)

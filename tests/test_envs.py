@@ -15,7 +15,7 @@ from envs.check import check
 from envs.control import DOWN as DIRECTION
 from envs.control import MOVE, ControlState
 from envs.run import rollout
-from envs.scene import HOME
+from envs.scene import CAMERAS, HOME
 from envs.tasks import Pose
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -301,6 +301,19 @@ def test_pixels_of_the_object_are_counted_as_drawn(object):
     away[at : at + 3], near[at : at + 3] = (-3, 0, 0), (0.5, 0, 0.02)
     scene.film(away[None])  # a picture without the object: it says nothing about the next one
     assert scene.object_pixels(np.stack((away, near))).tolist()[0] == 0 < scene.object_pixels(near[None])[0]
+    env.close()
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_every_camera_sees_the_fingers_and_what_is_between_them(camera):
+    env = envs.make(envs.EnvConfig(cameras=(camera,)))
+    env.reset(seed=0)
+    scene = env.scene
+    scene.place(scene.joints, scene.opening, scene.tcp_pos, np.array([1.0, 0, 0, 0]))
+    for part, least in (("object", 25), ("finger", 10)):
+        geoms, before = [i for i in range(scene.model.ngeom) if scene.model.geom(i).name.startswith(part)], scene.render()
+        scene.model.geom_rgba[geoms, :3] = 1 - scene.model.geom_rgba[geoms, :3]  # what changes colour is the part
+        assert (scene.render() != before).any(-1).sum() >= least
     env.close()
 
 
