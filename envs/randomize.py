@@ -31,7 +31,7 @@ class Level:
     least_distractors: int = 0
     colours: float = 0.0  # how far a colour goes towards a random one, 0 to 1
     mass: tuple[float, float] = (1.0, 1.0)  # factor, from, to
-    friction: tuple[float, float] = (1.0, 1.0)  # factor of the object's, from, to
+    friction: tuple[float, float] = (1.0, 1.0)  # factor of the object's and the table's, from, to
     grip: tuple[float, float] = (1.0, 1.0)  # factor of the fingers', which rules what they hold; below 0.02 they hold little
     textures: bool = False
     occluder: bool = False  # a thing in the air before the front camera
@@ -161,10 +161,11 @@ class Randomizer:
         colours, materials = self._field("geom_rgba"), self._field("mat_rgba")
         for i in range(DISTRACTORS):
             colours[self._scene.model.geom(f"distractor{i}").id, :3] = rng.uniform(0.05, 0.95, 3)
-        # Whatever has one colour keeps one: the arm's links, the fingers, the sides of a cup.
+        # Whatever has one colour keeps one: the arm's links, the fingers, the sides of a cup. A material's is its own, but for geoms that say another.
+        plain = self._field("geom_matid") < 0
         for colour in np.unique(colours[:, :3], axis=0):
             same = (colours[:, :3] == colour).all(1)
-            colours[same, :3] += amount.colours * (rng.uniform(0.05, 0.95, 3) - colour)
+            colours[same & plain, :3] += amount.colours * (rng.uniform(0.05, 0.95, 3) - colour)
         materials[:, :3] += amount.colours * (rng.uniform(0.1, 0.9, 3) - materials[:, :3])
         fields.update(geom_rgba=colours, mat_rgba=materials)
         if amount.textures:
@@ -181,7 +182,8 @@ class Randomizer:
             ("body_subtreemass", at, mass),
             ("body_invweight0", at, 1 / mass),
             ("dof_invweight0", dof, 1 / mass),
-            ("geom_friction", self._things, friction),
+            ("dof_M0", dof, mass),  # where MuJoCo has the inertia of a body without children, turned as its frame
+            ("geom_friction", [*self._things, self._table], friction),  # the greater of the two counts
         ):
             value = self._field(name)
             value[index] *= factor

@@ -1,5 +1,6 @@
 """Tasks and experts: what counts as success, and that the scripts earn it."""
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -114,6 +115,49 @@ def test_slippery_things_slip():
         slid.append(contact.friction[np.isin(contact.geom, fingers).any(1), 0].max())
         env.close()
     assert slid[1] < 0.2 * slid[0]
+
+
+@pytest.mark.parametrize("object", OBJECTS)
+@pytest.mark.parametrize("level", ["none", "heavy", "hidden"])
+def test_mass_is_weight_and_inertia(level, object):
+    env = envs.make(envs.EnvConfig(object=object, randomization=level, render_goals=False, image_size=16))
+    env.reset(seed=0)
+    scene, body = env.scene, env.scene.model.body("object").id
+    mass, dof = scene.model.body_mass[body], scene.model.body_dofadr[body]
+    assert (mass > 0.3) == (level == "heavy")
+    for push in (0.0, 1.0):  # N, along x
+        scene.place(scene.joints, scene.opening, np.array([0.5, 0.0, 0.5]), np.array([1.0, 0, 0, 0]))
+        scene.data.qvel[:] = 0
+        scene.data.xfrc_applied[body, 0] = push
+        mujoco.mj_forward(scene.model, scene.data)
+        assert np.allclose(scene.data.qacc[dof : dof + 3], [push / mass, 0, -9.81], atol=1e-2)
+    env.close()
+
+
+@pytest.mark.parametrize("object", OBJECTS)
+def test_slippery_things_slide(object):
+    slid = []
+    for level in ("none", "slippery"):
+        env = envs.make(envs.EnvConfig("reach", object=object, randomization=level, render_goals=False, image_size=16))
+        env.reset(seed=0)
+        scene, dof = env.scene, env.scene.model.joint("object").dofadr[0]
+        start = scene.object_pos
+        scene.data.qvel[dof] = 0.4  # m/s
+        for _ in range(100):
+            mujoco.mj_step(scene.model, scene.data)
+        slid.append(np.linalg.norm(scene.object_pos - start))
+        env.close()
+    assert slid[1] > 1.8 * slid[0]
+
+
+@pytest.mark.parametrize("level", ["none", "mild", "colours"])
+def test_the_table_has_its_materials_colour(level):
+    env = envs.make(envs.EnvConfig(randomization=level, render_goals=False))
+    env.reset(seed=0)
+    before = env.scene.render()
+    env.scene.model.mat_rgba[:, 0] = 0
+    assert (env.scene.render() != before).any(-1).mean() > 0.3
+    env.close()
 
 
 @pytest.mark.parametrize("level", LEVELS)
