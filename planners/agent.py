@@ -219,7 +219,7 @@ class Agent:
     def _seen(self, context: Context) -> Seen:
         """What the gate may know besides the plan."""
         past = self._past
-        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, context)
+        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, past.views, context)
 
     def _pursue(self, goals: list[Features], known: list[bool], off: Tensor | None) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.

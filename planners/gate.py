@@ -20,7 +20,7 @@ from math import ceil, inf, isfinite
 import torch
 from torch import Tensor
 
-from planners.interface import Plan, Seen, Verdict
+from planners.interface import Plan, Seen, Verdict, by_camera
 from worldmodel.interface import Context, Features, Hazard
 
 BLANK = 3.0  # grey levels: a picture that deviates less from its mean shows nothing
@@ -98,8 +98,8 @@ class SafetyGate:
         tensors = (plan.actions, imagined.patches, imagined.proprio, seen.now.patches, seen.now.proprio, seen.goal.patches)
         if not all(torch.isfinite(x).all() for x in tensors if x is not None):
             return "features hold NaN or infinity"
-        if seen.pixels.std() < BLANK:
-            return "the camera shows nothing: all pixels are alike"
+        if any(picture.std() < BLANK for picture in by_camera(seen.pixels, seen.views)):
+            return "the camera shows nothing: all pixels are alike" if seen.views == 1 else "a camera shows nothing: all its pixels are alike"
         if seen.still >= STILL:
             return f"the camera stands still: the last {seen.still + 1} pictures are the same while the robot moves"
         if self.sampled and len(imagined.patches) > 1 and bool((imagined.patches == imagined.patches[:1]).all()):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planners.interface import by_camera
 from worldmodel.interface import Context, Features, Obs, WorldModel, held_after
 
 MOVES = 0.1  # of an action: a robot that is told more shows in a picture
@@ -17,16 +18,17 @@ MOVES = 0.1  # of an action: a robot that is told more shows in a picture
 class Past:
     """The last pictures of an episode as features, and what ran between them.
 
-    `now` are the last one's features, `pixels` itself; `still` counts pictures that stayed the same to the bit although the
-    robot was told to move. `readings` is how many of the last pictures tell what `model.read` is off.
+    `now` are the last one's features, `pixels` itself; `still` counts pictures that stayed the same to the bit, of one of its
+    `views`, although the robot was told to move. `readings` is how many of the last pictures tell what `model.read` is off.
     """
 
     now: Features
     pixels: np.ndarray | None = None
-    still = 0
 
     def __init__(self, model: WorldModel, readings: int) -> None:
         self._model, self._readings = model, readings
+        self.views = getattr(model, "views", 1)
+        self._still = [0] * self.views
         self._features: deque[Features] = deque(maxlen=model.max_context)  # each patches [P, D], proprio [S]
         self._actions: deque[Tensor] = deque(maxlen=model.max_context)
         self._held: Tensor | None = None
@@ -46,6 +48,11 @@ class Past:
             read = self._model.read(self.now.patches)
             if read is not None:
                 self._off.append(self.now.proprio - read)
+
+    @property
+    def still(self) -> int:
+        """How many pictures before the last one were the same."""
+        return max(self._still)
 
     @property
     def off(self) -> Tensor | None:
@@ -74,11 +81,13 @@ class Past:
         return Context(features, torch.cat((context.actions, actions), 1), held)
 
     def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
-        """Count pictures that stay the same; a hold tells nothing."""
-        if self.pixels is None or not np.array_equal(pixels, self.pixels):
-            self.still = 0
-        elif np.abs(ran).max() > MOVES:
-            self.still += 1
+        """Count pictures of each camera that stay the same; a hold tells nothing."""
+        if self.pixels is not None:
+            for i, (new, old) in enumerate(zip(by_camera(pixels, self.views), by_camera(self.pixels, self.views))):
+                if not np.array_equal(new, old):
+                    self._still[i] = 0
+                elif np.abs(ran).max() > MOVES:
+                    self._still[i] += 1
         self.pixels = pixels.copy()
 
 

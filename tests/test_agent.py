@@ -339,6 +339,19 @@ def test_a_camera_that_stands_still_is_refused_to_the_end():
     assert answers[:2] == ["plan"] * 2 and answers[2:] == ["hold"] * 2 + ["hand over"] * 4
 
 
+def test_each_camera_is_watched():
+    for views, last in ((1, "plan"), (2, "hold")):
+        model = PlaneModel()
+        model.views = views
+        agent = agent_of(model, gate=SafetyGate(Limits(), sampled=False))
+        agent.reset(FAR)
+        for t in range(4):
+            seen = picture((0.1, 0.1))
+            seen["pixels"][:, : seen["pixels"].shape[1] // 2] += np.uint8(t)  # one of two goes on
+            agent.act(seen)
+        assert agent.last.answer == last
+
+
 def test_every_step_of_a_plan_is_judged():
     class Second:
         """Refuses the second time."""

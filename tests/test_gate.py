@@ -44,6 +44,7 @@ def test_what_is_in_order_goes():
         ({"imagined": Features(torch.full((4, 2, 3, 5), math.nan))}, "NaN"),
         ({"actions": math.nan}, "NaN"),
         ({"pixels": np.zeros((8, 8, 3), np.uint8)}, "shows nothing"),
+        ({"pixels": np.concatenate((PICTURE, np.full((8, 8, 3), 90, np.uint8)), 1), "views": 2}, "a camera shows nothing"),
         ({"still": 2}, "stands still: the last 3 pictures"),
         ({"imagined": futures(apart=0.0)}, "z has no effect"),
         ({"gate": SafetyGate(Limits(novelty=1.0), novelty=lambda patches: torch.tensor(math.nan))}, "novelty is not a finite number"),

@@ -86,8 +86,9 @@ class WorldModel(Protocol):
     """Imagines the features that follow from actions.
 
     One may have `suggest(now, goals, horizon)`: of features, and those of the goals still ahead, the next one first, each [..., P, D]
-    and [..., S], a Suggestion with the same leading axes, or None; `detour`, the same of a safer way; and `read(patches)`, the
-    proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None.
+    and [..., S], a Suggestion with the same leading axes, or None; `detour`, the same of a safer way; `read(patches)`, the
+    proprioception [..., S] that encode reads off patches [..., P, D] of a goal without it, or None; and `views`, of how many cameras
+    its pictures are, side by side (one, if it does not say).
     """
 
     action_dim: int

@@ -80,6 +80,11 @@ class LatentModel(nn.Module):
         return self.predictor.config.context
 
     @property
+    def views(self) -> int:
+        """Cameras side by side in a picture."""
+        return self.encoder.config.views
+
+    @property
     def device(self) -> torch.device:
         """Where its weights are, and so its features."""
         return next(self.predictor.parameters()).device
