@@ -54,6 +54,8 @@ class EnvConfig:
             raise ValueError(f"unknown cameras {self.cameras!r}: expected some of {', '.join(CAMERAS)}")
         if self.action_dim not in ACTION_DIMS:
             raise ValueError(f"action_dim is {self.action_dim}: expected {' or '.join(map(str, ACTION_DIMS))}")
+        if self.randomization == "moved-post" and self.task != "pick-place-fragile":
+            raise ValueError(f"randomization is moved-post, and {self.task} has no posts: expected the task pick-place-fragile")
         if not 16 <= self.image_size <= 1024:
             raise ValueError(f"image_size is {self.image_size}: expected 16 to 1024 pixels")
         if self.max_steps < 1:

@@ -206,7 +206,7 @@ def _noise(shape: tuple[int, ...], colour: float, generator: torch.Generator) ->
     Timmer and König, On generating power law noise (1995).
     """
     n = shape[-1]
-    if colour == 0 or n == 1:
+    if colour == 0 or n == 1 or 0 in shape:  # of nothing there is no transform
         return torch.randn(shape, generator=generator, device=generator.device)
     frequency = torch.fft.rfftfreq(n).clamp_min(1 / n)
     scale = frequency ** (-colour / 2)

@@ -323,6 +323,25 @@ def test_from_collect_to_bench(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def photographed(render_mode=None):
+    """Nobody knows where the dot of the goal's picture is; a function tells success."""
+    goal = {"pixels": np.full((20, 20, 3), 9, np.uint8)}
+    return envs.adapt(Dot(), Foreign(proprio=(1, 2)), image_size=20, goal=goal, success=lambda seen, goal, info: seen["pixels"].mean() > 255)
+
+
+if "Photographed-v0" not in gym.registry:
+    gym.register("Photographed-v0", photographed)
+
+
+def test_a_benchmark_of_a_photographs_success_knows_no_distance(tmp_path, capsys):
+    bench = "bench --env.id test_adapt:Photographed-v0 --policy random --episodes 2 --max-steps 3 --out".split()
+    assert cli.main([*bench, str(tmp_path / "random")]) == 0
+    told = capsys.readouterr().out
+    assert "0 of 2" in told and "distance" not in told
+    assert cli.main([*bench, str(tmp_path / "light"), "--randomization", "light"]) == 2
+    assert "--randomization is of the robot's tasks" in capsys.readouterr().err
+
+
 def test_episodes_end_where_they_should():
     env = envs.adapt(Dot(tells=True), image_size=20, goal={"pixels": np.zeros((20, 20, 3), np.uint8)}, stop_on_success=False, max_steps=6)
     env.reset(seed=0)

@@ -383,6 +383,9 @@ def test_show_training_and_benchmarks(tmp_path, capfd):
             "summary": {"success_rate": 0.5, "success_ci95": [0.24, 0.76], "unsafe_rate": 0.1},
         }
         (tmp_path / "bench" / policy / "results.json").write_text(json.dumps(result))
+    (tmp_path / "bench" / "offline").mkdir()  # a recording, whose steps succeed at nothing
+    (tmp_path / "bench" / "offline" / "results.json").write_text(json.dumps({"config": {}, "steps": [], "summary": {"error_mm": 3.0}}))
+    assert "tells of episodes" in refuse(capfd, "show", tmp_path / "bench" / "offline", "--out", tmp_path / "a" / "offline.png")
     for name in ("run", "bench"):
         assert cli.main(words("show", tmp_path / name, "--out", tmp_path / "a" / f"{name}.png")) == 0
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -569,3 +572,23 @@ def test_bench_refuses_bad_input(model, tmp_path, capfd):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     assert "notes.txt" in refuse(capfd, *args, "--out", tmp_path / "other")
+
+
+def test_two_cameras_from_collect_to_speed(tmp_path, capfd):
+    cameras, model = ("--cameras", "front", "wrist"), tmp_path / "model" / "model.safetensors"
+    small = "--embed-dim 24 --depth 1 --num-heads 1 --batch 4 --steps 4 --threads 1".split()
+    few = *cameras, "--samples", 4, "--iterations", 1, "--threads", 1
+    for call in (
+        ("collect", *cameras, "--episodes", 4, "--max-steps", 6, "--image-size", 24, "--workers", 1, "--out", tmp_path / "data"),
+        ("pretrain", "--data", tmp_path / "data", *small, "--image-size", 24, "--views", 2, "--stride", 1, "--out", tmp_path / "encoder"),
+        ("train", "--data", tmp_path / "data", "--encoder", tmp_path / "encoder" / "encoder.safetensors", *small, "--merge", 1, "--transitions", 2,
+         "--out", model.parent),
+        ("bench", "--model", model, *few, "--elites", 2, "--episodes", 1, "--max-steps", 3, "--video", 1, "--record", "--out", tmp_path / "bench"),
+        ("speed", "--model", model, *few, "--decisions", 2, "--no-peers", "--no-growth", "--no-training"),
+    ):  # fmt: skip
+        assert cli.main(words(*call)) == 0, call[0]
+    played = np.load(next((tmp_path / "bench" / "data").glob("*.npz")))
+    assert played["pixels"].shape[1:] == (24, 48, 3)
+    recording = tmp_path / "recording.npz"
+    np.savez(recording, observations=played["pixels"][None, :, :20, :40], states=played["proprio"][None])
+    assert "expected 48 and 24, those of 2 cameras" in refuse(capfd, "energy", "--model", model, "--trajectory", recording, "--out", tmp_path / "energy")

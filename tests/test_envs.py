@@ -194,7 +194,7 @@ def test_blocked_hand_keeps_its_target_near(env):
 @pytest.mark.parametrize(
     ("field", "value", "known"),
     [("task", "fly", "pick-place"), ("object", "cat", "box"), ("randomization", "wild", "strong"), ("cameras", ("top",), "front"),
-     ("action_dim", 5, "4 or 7"), ("image_size", 0, "16"), ("max_steps", 0, "at least 1")],
+     ("action_dim", 5, "4 or 7"), ("image_size", 0, "16"), ("max_steps", 0, "at least 1"), ("randomization", "moved-post", "has no posts")],
 )  # fmt: skip
 def test_bad_config_is_named(field, value, known):
     with pytest.raises(ValueError, match=known):

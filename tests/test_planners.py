@@ -48,6 +48,14 @@ def test_actions_stay_inside_the_bounds(method, gripper):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_one_candidate_is_what_there_was(method, horizon):
+    start = torch.full((2, horizon, 4), 0.3)
+    plan = planner(method, samples=1, elites=1).plan(quadratic(torch.zeros_like(start)), start, seeded())
+    assert (plan.actions == start).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("gripper", ["gaussian", "categorical"])
 def test_cost_of_a_plan_is_the_cost_of_its_actions(method, gripper):
     weight = torch.randn(2 * 4, 5, generator=seeded(3))

@@ -109,7 +109,7 @@ def load_any(source: str | Path, dtype: torch.dtype | None = None, heads: int | 
     if path.is_file() and path.suffix == ".safetensors" and read_header(path, "encoder", "model")[1].get("predictor"):
         made = model.load(path)
         if dtype not in (None, next(made.predictor.parameters()).dtype):
-            raise ValueError(f"{path} is a whole model, which keeps the precision it was made with; leave out dtype")
+            raise ValueError(f"{path} is a whole model, which keeps the precision it was made with; leave out dtype, --bfloat16")
         return made
     return load_encoder(source, None, dtype, heads)
 

@@ -187,6 +187,9 @@ class Config:
         able = FOREIGN + (("expert", "simulator") if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
+        ours = [name for name in ("task", "object", "cameras", "randomization") if getattr(self, name) != getattr(Config, name)]
+        if self.env.id and ours:
+            raise ValueError(f"--{ours[0]} is of the robot's tasks, and {self.env.id} does not heed it; leave it out")
         if self.env.id and self.policy in TOLD and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
@@ -298,7 +301,9 @@ def report(result: dict) -> str:
         f"held at {result['abstention_rate']:.1%} of the steps; "
         f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
-        "distance": f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians{'; m' if result['object'] else ''})",
+        "distance": ""
+        if result["final_distance"] is None
+        else f"{result['final_distance']:.3g} at the end, of {result['initial_distance']:.3g} (medians{'; m' if result['object'] else ''})",
         "decision": f"{seconds['median']:.3f} s median, {seconds['p95']:.3f} s 95th percentile"
         + ("" if result["late_rate"] is None else f"; one at {result['decided_rate']:.1%} of the steps; {result['late_rate']:.1%} began while one was late"),
         "out": result["out"],
@@ -385,13 +390,16 @@ def summary(config: Config, episodes: list[dict]) -> dict:
         **abstention.rates(episodes),
         "grasp_rate": sum(e["grasped"] for e in episodes) / len(episodes),
         "steps_to_success": float(np.mean([e["steps"] for e in successes])) if successes else None,
-        "initial_distance": float(np.median([e["initial_distance"] for e in episodes])),
-        "final_distance": float(np.median([e["final_distance"] for e in episodes])),
+        **{name: _median([e[name] for e in episodes]) for name in ("initial_distance", "final_distance")},
         "decision_seconds": {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))},
         "decided_rate": len(seconds) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "late_rate": sum(e["late"] for e in episodes) / sum(e["steps"] for e in episodes) if config.realtime else None,
         "out": str(config.out),
     }
+
+
+def _median(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.median(values))
 
 
 def _identity(config: Config) -> dict:

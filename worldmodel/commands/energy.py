@@ -193,7 +193,12 @@ def seen(world, pixels: np.ndarray, states: np.ndarray | None):
     from worldmodel.encoder import fitted
 
     config = world.encoder.config
-    if not config.resize and pixels.shape[1:3] != (config.image_size, config.image_size):
+    wanted = config.image_size, config.views * config.image_size
+    if not config.resize and pixels.shape[1:3] != wanted:
+        if config.views > 1:
+            raise ValueError(
+                f"the pictures are {pixels.shape[2]} wide and {pixels.shape[1]} high: expected {wanted[1]} and {wanted[0]}, those of {config.views} cameras side by side"
+            )
         pixels = fitted(torch.from_numpy(pixels), replace(config, resize=config.image_size)).numpy()
     return world.encode({"pixels": pixels} if states is None else {"pixels": pixels, "proprio": states})
 

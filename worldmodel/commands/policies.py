@@ -200,10 +200,10 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
         return made
     encoder = getattr(world, "encoder", world).config
     if encoder.views != len(config.cameras):
-        raise ValueError(f"{config.model} looks through {encoder.views} cameras, got {', '.join(config.cameras)}; name as many")
+        raise ValueError(f"{config.model} looks through {encoder.views} cameras, got {', '.join(config.cameras)}; name as many, --cameras")
     made = replace(made, image_size=encoder.image_size)
     if (planned := getattr(world, "action_dim", made.action_dim)) not in ACTION_DIMS:
-        raise ValueError(f"{config.model} plans actions of {planned} numbers, and is of another robot than this project's: name its environment, --env.id")
+        raise ValueError(f"{config.model} plans actions of {planned} numbers, and is of another robot than this project's: play in its environment, `worldmodel bench --env.id`")
     if planned != made.action_dim:
         made = replace(made, action_dim=planned)
     return made
@@ -238,12 +238,12 @@ def goals(config) -> Callable[[dict], list[dict]]:
     return goals_of
 
 
-def distance(task: str, info: dict) -> float:
-    """What remains, in metres: of the hand to its target in reach, else of the object to its own."""
+def distance(task: str, info: dict) -> float | None:
+    """What remains, in metres: of the hand to its target in reach, else of the object to its own. None where only a picture tells."""
     if "privileged/target_pos" not in info:  # an environment of others that nobody here knows
-        return info["distance"]
+        return round(info["distance"], 4) if "distance" in info else None
     thing = info["privileged/tcp_pos" if task == "reach" else "privileged/object_pos"]
-    return float(np.linalg.norm(thing - info["privileged/target_pos"]))
+    return round(float(np.linalg.norm(thing - info["privileged/target_pos"])), 4)
 
 
 def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
@@ -259,8 +259,8 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "object": "" if config.env.id else config.object,
         "success": bool(record.success),
         "steps": len(record.actions),
-        "initial_distance": round(distance(config.task, record.infos[0]), 4),
-        "final_distance": round(distance(config.task, record.infos[-1]), 4),
+        "initial_distance": distance(config.task, record.infos[0]),
+        "final_distance": distance(config.task, record.infos[-1]),
         "grasped": bool(any(info.get("privileged/grasped", False) for info in record.infos)),
         "unsafe": unsafe,
         "subgoal": [step["subgoal"] for step in steps],

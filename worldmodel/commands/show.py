@@ -174,7 +174,11 @@ def _draw_curves(config: Config) -> list[np.ndarray]:
 def _draw_rates(config: Config) -> list[np.ndarray]:
     from matplotlib.figure import Figure
 
-    results = [json.loads(path.read_bytes()) for path in sorted(config.path.rglob("results.json"))]
+    found = {path.parent.relative_to(config.path).as_posix(): json.loads(path.read_bytes()) for path in sorted(config.path.rglob("results.json"))}
+    found = {name: result for name, result in found.items() if "success_rate" in result["summary"]}  # a recording's steps succeed at nothing
+    if not found:
+        raise ValueError(f"no results.json under {config.path} tells of episodes; make one with `worldmodel bench`")
+    results = list(found.values())
     figure = Figure((9, 1.2 + 0.5 * len(results)), layout="constrained")
     axes = figure.subplots()
     for row, result in enumerate(results):
@@ -184,8 +188,10 @@ def _draw_rates(config: Config) -> list[np.ndarray]:
         axes.errorbar(rate, row, xerr=[[rate - low_high[0]], [low_high[1] - rate]], color="black", capsize=3)
         text = f"{rate:.0%}  [{low_high[0]:.0%}, {low_high[1]:.0%}] of {len(result['episodes'])}, unsafe {summary['unsafe_rate']:.0%}"
         axes.text(1.02, row, text, va="center", fontsize=9)
-    names = [[str(result["config"][key]) for key in ("task", "object", "goal", "policy") if key in result["config"]] for result in results]
-    axes.set_yticks(range(len(results)), [", ".join(name) for name in names], fontsize=9)
+    told = ({**r["config"], **r["summary"]} for r in results)  # a summary knows an environment of others by its name
+    played = [", ".join(filter(None, (about.get(key) for key in ("task", "object", "policy")))) for about in told]
+    names = [what if name == "." else f"{name}: {what}" for name, what in zip(found, played)]
+    axes.set_yticks(range(len(results)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("success rate, with its 95 % interval (Wilson)", fontsize=9)

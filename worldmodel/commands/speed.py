@@ -51,6 +51,8 @@ class Config:
     """refinements of a plan (default: that of `worldmodel bench`)"""
     horizon: int | None = None
     """length of a plan (steps) (default: that of `worldmodel bench`)"""
+    cameras: tuple[str, ...] = ("front",)
+    """views, as the model was trained with"""
     seed: int = 0
     """seed of the first episode"""
     peers: bool = True
@@ -89,7 +91,7 @@ def _timed(config: Config) -> dict:
     from worldmodel.predictor import Predictor
 
     torch.set_num_threads(config.threads)
-    budget = {name: getattr(config, name) for name in ("samples", "iterations", "horizon")}
+    budget = {name: getattr(config, name) for name in ("samples", "iterations", "horizon", "cameras")}
     played = bench.resolved(bench.Config(out=Path("."), model=config.model, seed=config.seed, threads=config.threads, **budget))
     player = Player(played)
     if not isinstance(player.model.predictor, Predictor):
