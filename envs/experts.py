@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from envs.base import EnvConfig
-from envs.control import MAX_OPENING, MOVE, WORKSPACE
+from envs.control import MAX_OPENING, MOVE, TURN, WORKSPACE
 from envs.scene import OBJECTS, POST_HEIGHT
 from envs.tasks import RETRACT
 
 Info = Mapping[str, Any]
 Policy = Callable[[Info], np.ndarray]
+TURNED = np.array([0.25, 0.25, 0.6])  # rad, rotation vector, at most, of hands that play with it
 _NEAR = 0.007  # m; a waypoint counts as reached
 _UP = np.array([0.0, 0.0, 1.0])
 
@@ -309,6 +311,32 @@ class Play:
         self._goal = self._goal.clip(*WORKSPACE)
 
 
+class Turning:
+    """What another does, with a hand that meanwhile turns to drawn orientations and back to straight down, as far as it has been told."""
+
+    def __init__(self, policy: Policy, rng: np.random.Generator) -> None:
+        self._policy, self._rng, self._left = policy, rng, 0
+        self._at = self._goal = Rotation.identity()  # from straight down, in the base's frame
+
+    def __call__(self, info: Info) -> np.ndarray:
+        """Return the action [7] for the state that `info` tells of."""
+        rng = self._rng
+        if self._left <= 0:
+            self._left = int(rng.integers(3, 9))
+            self._goal = Rotation.from_rotvec((rng.random() < 0.6) * rng.uniform(-TURNED, TURNED))
+        self._left -= 1
+        turn = ((self._goal * self._at.inv()).as_rotvec() / TURN + rng.normal(0.0, 0.1, 3)).clip(-1.0, 1.0)
+        self._at = Rotation.from_rotvec(TURN * turn) * self._at
+        action = self._policy(info)
+        action[3:6] = turn
+        return action
+
+
+def _turning(config: EnvConfig, policy: Policy, rng: np.random.Generator) -> Policy:
+    """The policy, which turns the hand where actions can."""
+    return Turning(policy, rng) if config.action_dim == 7 else policy
+
+
 def _styled(rng: np.random.Generator) -> Style:
     return Style(speed=rng.uniform(0.5, 1.0), hover=rng.uniform(0.05, 0.10), carry=rng.uniform(0.04, 0.10))
 
@@ -330,7 +358,8 @@ def varied(config: EnvConfig, rng: np.random.Generator) -> Policy:
 
 def noisy(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return an expert with noise on its motions and pauses."""
-    return Expert(config, rng, _careless(config, 0.3, replace(_styled(rng), noise=rng.uniform(0.1, 0.5), pause=rng.uniform(0.0, 0.2)), rng))
+    style = replace(_styled(rng), noise=rng.uniform(0.1, 0.5), pause=rng.uniform(0.0, 0.2))
+    return _turning(config, Expert(config, rng, _careless(config, 0.3, style, rng)), rng)
 
 
 def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
@@ -345,7 +374,7 @@ def failing(config: EnvConfig, rng: np.random.Generator) -> Policy:
         {"drop_at": int(rng.integers(1, 8))},
         {"release": float(rng.uniform(0.02, 0.08))},
     )
-    return Expert(config, rng, _careless(config, 0.7, replace(style, **mistakes[kind]), rng))
+    return _turning(config, Expert(config, rng, _careless(config, 0.7, replace(style, **mistakes[kind]), rng)), rng)
 
 
 def hasty(config: EnvConfig, rng: np.random.Generator) -> Policy:
@@ -365,7 +394,7 @@ def careful(config: EnvConfig, rng: np.random.Generator) -> Policy:
 
 def play(config: EnvConfig, rng: np.random.Generator) -> Policy:
     """Return a playing policy."""
-    return Play(config, rng)
+    return _turning(config, Play(config, rng), rng)
 
 
 def random(config: EnvConfig, rng: np.random.Generator) -> Policy:

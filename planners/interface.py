@@ -50,8 +50,8 @@ class Verdict:
     """Whether a plan may run."""
 
     go: bool
-    score: float  # what was measured; lower is safer
-    limit: float  # the highest score that may run
+    score: float  # what was measured; lower is safer. From `AgentConfig.worry` of the limit on, an agent takes its model's detour, if it has one:
+    limit: float  # the highest score that may run. For what is no risk until it is too much, 0, and as the score what it is beyond
     why: str  # one sentence
     signals: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
 

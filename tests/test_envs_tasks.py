@@ -171,6 +171,19 @@ def test_expert_succeeds_in_randomised_scenes(level):
     assert sum(done) >= len(done) - 1
 
 
+@pytest.mark.parametrize("behaviour", ["noisy", "failing", "play"])
+def test_seven_dimensions_are_played_with(behaviour):
+    config = envs.EnvConfig(action_dim=7, render_goals=False, image_size=16, stop_on_success=False, max_steps=25)
+    env, off = envs.make(config), []
+    for seed in range(6):
+        policy = make_policy(behaviour, config, np.random.default_rng(seed))
+        off.append(abs(rollout(env, lambda obs, info, policy=policy: policy(info), seed).obs["proprio"][:, 3:6]))  # rad, from straight down
+    env.close()
+    off = np.stack(off)  # [6, T, 3]
+    assert (off.max((0, 1)) > 0.15).all() and off.max() < 1.0
+    assert (off.max(2) < 0.1)[:, 5:].any(1).sum() >= 4  # and back
+
+
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_behaviours_stay_in_bounds_and_repeat(behaviour):
     env = envs.make(envs.EnvConfig(render_goals=False, image_size=16, stop_on_success=False, max_steps=15))

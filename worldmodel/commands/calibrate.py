@@ -162,7 +162,7 @@ def _usual(config: bench.Config, density: None, seed: int) -> Tensor:
 
     player = player_of(config)
     player.agent.gate = OpenGate()
-    return player.model.encode({"pixels": player.play(seed)[1].frames}).patches
+    return player.model.encode({"pixels": player.play(seed)[1].frames}).patches.cpu()  # another process reads them
 
 
 def _decisions(config: bench.Config, density: Density, seed: int) -> list[dict]:

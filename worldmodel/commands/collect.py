@@ -62,7 +62,7 @@ class Config:
     cameras: tuple[str, ...] = ("front",)
     """views, side by side in one image"""
     action_dim: Literal[4, 7] = 4
-    """4: dx, dy, dz, gripper; 7: with rotation"""
+    """4: dx, dy, dz, gripper; 7: with rotation, which play, noisy and failing experts make use of"""
     max_steps: int = 40
     """length of an episode (steps of 0.2 s)"""
     stop_on_success: bool = True
