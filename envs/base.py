@@ -19,7 +19,7 @@ from envs.scene import CAMERAS, OBJECTS, Contacts, Scene
 from envs.tasks import LIFT, TASKS, Achieved, Episode, Pose
 
 ACTION_DIMS = 4, 7  # without and with rotation
-OBJECT_FORCE_LIMIT = 100.0  # N, on the object from any one body; a firm grip is 50, fingers closing on a cup up to 95
+OBJECT_FORCE_LIMIT = 100.0  # N, on the object from a finger, the rest of the robot or the table; a firm grip is 50, fingers closing on a cup up to 95
 TABLE_FORCE_LIMIT = 60.0  # N
 POST_FORCE_LIMIT = 5.0  # N, on fragile posts: a touch
 DROP_HEIGHT = 0.05  # m
@@ -56,6 +56,8 @@ class EnvConfig:
             raise ValueError(f"action_dim is {self.action_dim}: expected {' or '.join(map(str, ACTION_DIMS))}")
         if self.randomization == "moved-post" and self.task != "pick-place-fragile":
             raise ValueError(f"randomization is moved-post, and {self.task} has no posts: expected the task pick-place-fragile")
+        if self.randomization == "occluder" and "front" not in self.cameras:
+            raise ValueError(f"randomization is occluder, which hides things from the front camera; got {', '.join(self.cameras)}")
         if not 16 <= self.image_size <= 1024:
             raise ValueError(f"image_size is {self.image_size}: expected 16 to 1024 pixels")
         if self.max_steps < 1:
@@ -187,7 +189,7 @@ class PandaEnv(gym.Env):
             tcp=scene.tcp_pos,
             object_pos=scene.object_pos,
             object_speed=np.asarray(scene.object_speed),
-            touched=np.asarray(contacts.left or contacts.right),
+            touched=np.asarray(contacts.left or contacts.right or contacts.rest),
             grasped=np.asarray(contacts.left and contacts.right),
             held_steps=np.asarray(self._held_steps),
         )
@@ -208,7 +210,7 @@ class PandaEnv(gym.Env):
             "privileged/opening": self.scene.opening,
             "privileged/command": self.controller.state.opening,
             "privileged/target_pos": self.episode.wanted.target.copy(),
-            "privileged/touched": bool(achieved.touched),
+            "privileged/touched": contacts.left or contacts.right,
             "privileged/grasped": bool(achieved.grasped),
             "privileged/held_steps": int(self._held_steps),
         }

@@ -1,7 +1,9 @@
 """From actions in [-1, 1] to joint targets: differential inverse kinematics with mink.
 
 The hand's target moves by at most 5 cm per step and axis; the joints' targets follow it within their limits. Joint limits and
-velocity limits are Franka's published ones (FCI documentation, "Robot and interface specifications").
+velocity limits are Franka's published ones (FCI documentation, "Robot and interface specifications"); those of velocity hold in the mean
+of a step, in which joints come to their targets in less than half of it. An action of 0 keeps the target where it is: up to LEASH beyond
+what blocks the hand, and so pressing on it.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def adapt(
     gate that refuses, send 0**: where no one action stays, as with targets of joints, wrap the environment so that one does. goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
     of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot).
-    success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info, events with their measured values. An episode ends where the
+    success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info, events with their measured values (default: info["unsafe"], if that is a mapping); `cost` counts them. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
     """
@@ -287,14 +287,16 @@ class Adapted(gym.Env):
         theirs = self._low + (action + 1) / 2 * (self._high - self._low)
         if (still := self._told.still) is not None:
             theirs = still + np.where(action < 0, action * (still - self._low), action * (self._high - still))
+        theirs = theirs.clip(self._low, self._high)  # rounding may have led a bit beyond
         theirs = (np.rint(theirs) if self.env.action_space.dtype.kind in "iu" else theirs).astype(self.env.action_space.dtype)
         reward, success, unsafe = 0.0, False, {}
         for _ in range(self.config.frame_skip):
             obs, gain, terminated, truncated, info = self.env.step(theirs)
             reward += float(gain)
             success |= _succeeds(info)
-            events = unsafe_of(obs, info) if unsafe_of else {}
-            if not isinstance(events, Mapping):
+            told = info.get("unsafe", {})
+            events = unsafe_of(obs, info) if unsafe_of else told if isinstance(told, Mapping) else {}
+            if not isinstance(events, Mapping) or not all(np.isfinite(float(value)) for value in events.values()):
                 raise ValueError(f"unsafe returned {events!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
             for event, value in events.items():
                 unsafe[event] = max(unsafe.get(event, -np.inf), float(value))

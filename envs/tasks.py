@@ -36,7 +36,7 @@ class Achieved:
     tcp: np.ndarray  # [..., 3] m
     object_pos: np.ndarray  # [..., 3] m
     object_speed: np.ndarray  # [...] m/s
-    touched: np.ndarray  # [...] bool, at least one finger touches the object
+    touched: np.ndarray  # [...] bool, a finger or another part of the robot touches the object
     grasped: np.ndarray  # [...] bool, both fingers touch the object
     held_steps: np.ndarray  # [...] whole steps since the object has been LIFT up and grasped without a break
 

@@ -41,7 +41,7 @@ class AgentConfig(CourseConfig):
     caution: float = 10.0  # the same of the plan that is made when the gate has refused one
     readings: int = 5  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
-    worry: float = 0.1  # share of a gate's limit from which on it goes by the model's detour, if there is one, to the episode's end
+    worry: float = 0.1  # share of a gate's limit of hazard from which on it goes by the model's detour, if there is one, to the episode's end
     refusals: int = 10  # in a row, none of them answered by anything that may run, at the last of which it hands over
 
     def __post_init__(self) -> None:
@@ -80,8 +80,8 @@ class _Refusing:
 class Agent:
     """Acts towards a goal picture, or through sub-goal pictures, in a plain Gymnasium loop.
 
-    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Once a plan comes so near the
-    gate's limit as `config.worry` says, it goes by `model.detour`, if there is one, to the episode's end, without a search. Where
+    `energy` makes the energy of a goal's features: patches [1, P, D], proprio [1, S] or None. Once a plan's hazard comes so near the
+    gate's limit as `config.worry` says, or a plan is refused, it goes by `model.detour`, if there is one, to the episode's end, without a search. Where
     that leads nowhere a refused plan is followed by a more cautious one. Then come a smaller step, `config.retreat`, and
     `fallback` [A] (zeros without), and after some of those in a row it hands over, which `last.answer` says. With `hazard` and
     `config.risk_weight` it avoids steps that are likely to go wrong. Where it is stuck, `planner.eager` plans, if there is one, and
@@ -262,12 +262,12 @@ class Agent:
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
         asked = _told(plan.actions[0])[0], decision.verdict
-        if not self._wary and decision.verdict.score > config.worry * decision.verdict.limit:
+        if not self._wary and decision.verdict.worries(config.worry):
             detour = self._detour(context, horizon)
             self._wary = detour is not None
             if detour is not None:
                 safer = self._judged(as_told(detour.actions[None]), context, observed, "detour")
-                if not decision.verdict.go or safer.verdict.score < decision.verdict.score:
+                if not decision.verdict.go or safer.verdict.danger < decision.verdict.danger:
                     decision, plan = safer, safer.plan
         if not decision.verdict.go and detour is None and self.hazard is not None:
             planner = getattr(self.planner, "cautious", self.planner)

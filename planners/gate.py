@@ -77,7 +77,7 @@ class SafetyGate:
         blind = self.hazard is None and not self.sampled
         passed = "within the limits of surprise and novelty, all there is without samples of z" if blind else "within all limits"
         why = passed if go else f"{WORDS[worst]}: {worst} {values[worst]:.3g} over {limits[worst]:.3g}"
-        return Verdict(go, shares[worst], 1.0, why, values)
+        return Verdict(go, shares[worst], 1.0, why, values, risk=shares["hazard"])
 
     def signals(self, plan: Plan, imagined: Features, seen: Seen) -> dict[str, float]:
         """The values that limits are for."""

@@ -50,10 +50,20 @@ class Verdict:
     """Whether a plan may run."""
 
     go: bool
-    score: float  # what was measured; lower is safer. From `AgentConfig.worry` of the limit on, an agent takes its model's detour, if it has one:
-    limit: float  # the highest score that may run. For what is no risk until it is too much, 0, and as the score what it is beyond
+    score: float  # what was measured; lower is safer
+    limit: float  # the highest score that may run
     why: str  # one sentence
     signals: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name
+    risk: float | None = None  # how likely it is to go wrong, as a share of what may be; None: score and limit say that
+
+    @property
+    def danger(self) -> float:
+        """The risk, or else the score."""
+        return self.score if self.risk is None else self.risk
+
+    def worries(self, share: float) -> bool:
+        """Whether the plan may not run, or its danger is above a share of what may be."""
+        return not self.go or self.danger > share * (self.limit if self.risk is None else 1.0)
 
 
 @dataclass(frozen=True)

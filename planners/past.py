@@ -12,6 +12,7 @@ from torch import Tensor
 from planners.interface import by_camera
 from worldmodel.interface import Context, Features, Obs, WorldModel, held_after
 
+STOPPED = 1e-4  # of proprioception: what a robot that is held up still trembles by
 MOVES = 0.1  # of an action: a robot that is told more shows in a picture
 
 
@@ -28,7 +29,7 @@ class Past:
     def __init__(self, model: WorldModel, readings: int) -> None:
         self._model, self._readings = model, readings
         self.views = getattr(model, "views", 1)
-        self._still = [0] * self.views
+        self._still, self._felt = [0] * self.views, None
         self._features: deque[Features] = deque(maxlen=model.max_context)  # each patches [P, D], proprio [S]
         self._actions: deque[Tensor] = deque(maxlen=model.max_context)
         self._held: Tensor | None = None
@@ -36,7 +37,7 @@ class Past:
 
     def take_in(self, obs: Obs, ran: np.ndarray) -> None:
         """An observation as `checked`, and the action [A] that ran before it, which of the first one counts for nothing."""
-        self._notice(obs["pixels"], ran)
+        self._notice(obs, ran)
         if self._features:
             self._actions.append(torch.from_numpy(ran))
             before = self.now.proprio
@@ -80,13 +81,19 @@ class Past:
             held = held_after(held, place, action)
         return Context(features, torch.cat((context.actions, actions), 1), held)
 
-    def _notice(self, pixels: np.ndarray, ran: np.ndarray) -> None:
-        """Count pictures of each camera that stay the same; a hold tells nothing."""
+    def _notice(self, obs: Obs, ran: np.ndarray) -> None:
+        """Count pictures of each camera that stay the same; a hold tells nothing, nor does a robot that feels itself all but stopped.
+
+        Where not even what it feels changes by a bit, it may be the observation that is stale.
+        """
+        pixels, felt = obs["pixels"], obs.get("proprio")
+        blocked = felt is not None and self._felt is not None and 0 < np.abs(felt - self._felt).max() < STOPPED
+        self._felt = felt
         if self.pixels is not None:
             for i, (new, old) in enumerate(zip(by_camera(pixels, self.views), by_camera(self.pixels, self.views))):
                 if not np.array_equal(new, old):
                     self._still[i] = 0
-                elif np.abs(ran).max() > MOVES:
+                elif np.abs(ran).max() > MOVES and not blocked:
                     self._still[i] += 1
         self.pixels = pixels.copy()
 

@@ -43,7 +43,7 @@ class SamplingConfig:
     smoothing: float = 0.15  # share of the uniform distribution in that of a choice, so that none dies out
     colour: float = 2.0  # iCEM: exponent of the noise's spectrum over the horizon; 0 is white
     keep: float = 0.3  # iCEM: share of the elites that stay candidates
-    temperature: float = 0.5  # MPPI: of the elites' weights, in standard deviations of their costs
+    temperature: float = 0.5  # MPPI: of the elites' weights, in root mean squares of what they cost more than the best
 
     def __post_init__(self) -> None:
         for name, known in (("method", ("cem", "icem", "mppi")), ("gripper", ("categorical", "gaussian"))):

@@ -342,6 +342,37 @@ def test_a_benchmark_of_a_photographs_success_knows_no_distance(tmp_path, capsys
     assert "--randomization is of the robot's tasks" in capsys.readouterr().err
 
 
+def test_what_an_environment_calls_unsafe_itself_is_kept():
+    class Telling(Dot):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, info | {"unsafe": {"push": 3.0 - self.steps} if self.steps < 3 else {}, "cost": 9.0}
+
+    env = envs.adapt(Telling(), CONFIG, image_size=20)
+    env.reset(seed=0)
+    infos = [env.step(np.zeros(2))[-1] for _ in range(2)]  # of two steps each
+    assert [info["unsafe"] for info in infos] == [{"push": 2.0}, {}] and [info["cost"] for info in infos] == [1.0, 0.0]
+    env = envs.adapt(Telling(), CONFIG, image_size=20, unsafe=lambda obs, info: {"broken": np.nan})
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="unsafe returned {'broken': nan}"):
+        env.step(np.zeros(2))
+
+
+def test_actions_stay_within_bounds_that_rounding_would_pass():
+    high = np.random.default_rng(0).uniform(0.1, 1.0, 200)
+    space = gym.spaces.Box(-np.random.default_rng(1).uniform(0.1, 1.0, 200), high, dtype=np.float64)
+
+    class Wide(Dot):
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return self._seen(), 0.0, False, False, {}
+
+    env = envs.adapt(Wide(space=space), CONFIG, image_size=20, goal={"pixels": np.zeros((20, 20, 3), np.uint8), "proprio": np.zeros(2)})
+    env.reset(seed=0)
+    for sign in (-1.0, 1.0):
+        env.step(np.full(200, sign))
+
+
 def test_episodes_end_where_they_should():
     env = envs.adapt(Dot(tells=True), image_size=20, goal={"pixels": np.zeros((20, 20, 3), np.uint8)}, stop_on_success=False, max_steps=6)
     env.reset(seed=0)

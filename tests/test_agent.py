@@ -339,6 +339,17 @@ def test_a_camera_that_stands_still_is_refused_to_the_end():
     assert answers[:2] == ["plan"] * 2 and answers[2:] == ["hold"] * 2 + ["hand over"] * 4
 
 
+def test_a_robot_that_is_held_up_is_not_taken_for_a_camera_that_stands_still():
+    for trembles, last in ((1e-6, "plan"), (0.01, "hold")):
+        agent = agent_of(gate=SafetyGate(Limits(), sampled=False))
+        agent.reset(FAR)
+        for t in range(4):
+            seen = picture((0.1, 0.1))
+            seen["proprio"] = seen["proprio"] + np.float32(trembles * t)
+            agent.act(seen)
+        assert agent.last.answer == last
+
+
 def test_each_camera_is_watched():
     for views, last in ((1, "plan"), (2, "hold")):
         model = PlaneModel()
@@ -457,6 +468,15 @@ def test_once_a_plan_is_near_the_limit_it_goes_by_the_detour_to_the_end():
     idle = answers(Detouring(speed=0.1), 0.5)
     assert "detour" not in [d.answer for d in idle] and idle[0].answer != "plan"
     assert [d.answer for d in go(agent_of(Detouring()), Plane(), 2, FAR)] == ["plan"] * 2  # no gate
+
+
+@pytest.mark.parametrize(("hazard", "first"), [(0.04, "plan"), (0.3, "detour")])
+def test_only_hazard_worries_a_gate_that_lets_go(hazard, first):
+    likely = lambda _, imagined, actions: hazard * actions[:, :, None, :, 0].abs().expand(imagined.patches.shape[:4])  # noqa: E731
+    gate = SafetyGate(Limits(hazard=0.5, surprise=0.4, novelty=1.5), likely, lambda patches: torch.ones(()), sampled=False)
+    agent = agent_of(Detouring(), gate=gate, hazard=likely)
+    decision = go(agent, Plane(), 1, FAR)[0]
+    assert decision.verdict.go and decision.answer == first and decision.verdict.score > 0.6  # of novelty
 
 
 def test_a_rehearsal_asks_for_what_an_episode_does_and_leaves_that_as_it_is():

@@ -201,6 +201,22 @@ def test_bad_config_is_named(field, value, known):
         envs.EnvConfig(**{field: value})
 
 
+def test_an_occluder_needs_the_camera_that_it_is_before():
+    with pytest.raises(ValueError, match="the front camera; got side"):
+        envs.EnvConfig(randomization="occluder", cameras=("side",))
+
+
+def test_what_is_under_the_palm_is_not_let_go():
+    env = envs.make(envs.EnvConfig(object="cup", render_goals=False))
+    env.reset(seed=0)
+    target = env.episode.wanted.target
+    env.put(Pose(target + [0.0, 0.075, 0.06], 0.0, 0.0, target, 0.0))
+    assert env.step(np.array([0.0, 0.0, -1.0, -1.0]))[-1]["success"]
+    pressed = env.step(np.array([0.0, 0.0, -1.0, -1.0]))[-1]
+    assert pressed["unsafe"]["object_force"] > 100 and not pressed["success"] and not pressed["privileged/touched"]  # by no finger
+    env.close()
+
+
 def test_bad_actions_are_named(env):
     with pytest.raises(ValueError, match=r"\(7,\).*\(4,\)"):
         env.step(np.zeros(7))

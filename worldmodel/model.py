@@ -36,8 +36,7 @@ class LatentModel(nn.Module):
     `reader` reads the robot's own proprioception off the features of a picture: it is what lets a goal that is a picture
     alone say where the hand is, which a camera sees poorly along its line of sight. `hazard` tells how likely an imagined
     step is to go wrong. `policy`, or else `guide`, suggests where a search begins; `careful`, another policy, what to do
-    once a gate has worried (`detour`). `about` says how the weights were made;
-    `about["energy"]`, where present, holds the energy's scale on held-out data, which thresholds are relative to. `compiled`, which may be
+    once a gate has worried (`detour`). `about` says how the weights were made. `compiled`, which may be
     set, says whether to imagine by OpenVINO where it is installed (extra `fast`) and the model is on the processor: fast for weights that
     stay as they are, since it compiles for each half a second.
     """

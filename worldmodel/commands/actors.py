@@ -87,12 +87,12 @@ class Imitated:
 class Imitator:
     """Lets a model's policy act alone from goal picture to goal picture, by their step budgets alone.
 
-    An Agent also moves on early, and back to the first one, by an energy, which these policies have not. At a share `stray` of
-    its steps it does something else.
+    An Agent also moves on early, and back to the first one, by an energy, which these policies have not. It makes the likeliest choice, as
+    a search begins with, or `draws` one. At a share `stray` of its steps it does something else.
     """
 
-    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], stray: float = 0.0) -> None:
-        self.model, self._steps, self._stray = world, subgoal_steps, stray
+    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], draws: bool = False, stray: float = 0.0) -> None:
+        self.model, self._steps, self._draws, self._stray = world, subgoal_steps, draws, stray
         self.last: Imitated | None = None
 
     def reset(self, goals: list[dict], seed: int) -> None:
@@ -108,7 +108,7 @@ class Imitator:
         start = time.perf_counter()
         subgoal = min(int((np.cumsum(self._steps) <= self._step).sum()), len(self._goals) - 1)
         now = Features(*(x[None] for x in self.model.encode(obs)))
-        action = self.model.policy.choose(now, self._goals[subgoal][None], self._generator)[0].numpy()
+        action = self.model.policy.choose(now, self._goals[subgoal][None], self._generator if self._draws else None)[0].numpy()
         if self._stray and self._rng.random() < self._stray:
             action = strayed(action, self._rng)
         self._step += 1

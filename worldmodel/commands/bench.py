@@ -71,6 +71,8 @@ class Config:
     """how many episodes to show as animated WebP beside the results"""
     record: bool = False
     """also keep the episodes as a dataset in OUT/data, to train on what a planner sees and does"""
+    draw: bool = False
+    """--policy imitation draws the gripper's choice, instead of the likeliest, which a search begins with: what else may come of it, for --record"""
     stray: float = 0.0
     """share of the steps at which --policy imitation does something else than it would, shorter, aside or up, for --record: what a
     hazard head must know to judge other plans than a policy's own (0 to 1)"""
@@ -88,7 +90,7 @@ class Config:
     """how much cameras, light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
     (hidden), a grip that holds or does not (slips), colours, mass and friction as well (strong), or one thing: the shifts"""
     planner: Literal["cem", "icem", "mppi"] = "cem"
-    """how to search"""
+    """how to search; icem differs from cem over 3 steps or more, and from the second iteration on"""
     samples: int | None = None
     """candidate plans per iteration (default: 24; where the search begins with nothing, or of an environment that nobody here knows, 40; simulator: 24, or 48)"""
     iterations: int | None = None
@@ -169,6 +171,8 @@ class Config:
             raise ValueError(f"--gate random needs --abstain, more than 0 and at most 1, which nothing else takes; got {self.abstain}")
         if self.begin and self.policy not in BUDGETS:
             raise ValueError(f"--begin {self.begin} is for policies that search for plans; {self.policy} makes none")
+        if self.draw and self.policy != "imitation":
+            raise ValueError(f"--draw is for --policy imitation; {self.policy} has no choice to draw")
         if self.stray and (self.policy != "imitation" or not 0 < self.stray <= 1):
             raise ValueError(f"stray is {self.stray}: expected 0 to 1, and --policy imitation")
         if self.gate != "off" and self.policy not in BUDGETS:

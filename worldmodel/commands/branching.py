@@ -102,7 +102,8 @@ def judge(world: LatentModel, steps: list[Step], seed: int = 0) -> dict[str, dic
     generator, out = torch.Generator().manual_seed(seed), {}
     some = [s for s in steps if s.apart > BRANCHES]
     steady = [s for s in steps if s.apart < STEADY]
-    for name, group in (("branching", some), ("steady", steady[:: max(1, len(steady) // max(100, len(some)))])):
+    evenly = np.linspace(0, len(steady) - 1, min(len(steady), max(100, len(some)))).astype(int)
+    for name, group in (("branching", some), ("steady", [steady[i] for i in evenly])):
         if len(group) < 2:
             continue
         told = [_told(world, step) for step in group]  # nats, and noise that stands for the posterior's mean

@@ -39,7 +39,7 @@ from worldmodel.interface import WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
 NOT_JUDGED = (  # what a calibration does not depend on
-    "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite",
+    "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite", "draw",
 )  # fmt: skip
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
@@ -127,7 +127,7 @@ class Player:
         """An agent as the config says, of this player's model, or of what acts for it."""
         config = self.config
         if config.policy == "imitation":
-            return Imitator(world, config.subgoal_steps, config.stray)
+            return Imitator(world, config.subgoal_steps, config.draw, config.stray)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
             if not hasattr(self.model, "predictor"):

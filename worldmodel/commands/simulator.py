@@ -39,6 +39,11 @@ class SimulatorModel:
         self.action_dim = env.action_space.shape[0]
         self.copy = None if isinstance(env, Adapted) else envs.make(replace(env.config, render_goals=False))
 
+    @property
+    def views(self) -> int:
+        """Cameras side by side in a picture."""
+        return self.encoder.config.views
+
     def encode(self, obs: Obs) -> Features:
         """As `model` does, if there is one; else patch features of obs["pixels"], and obs["proprio"] where it is there."""
         if self.model is not None:
