@@ -68,7 +68,7 @@ class Config:
     stop_on_success: bool = True
     """end an episode at its success"""
     randomization: Level = "none"
-    """how much cameras, light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
+    """how much cameras (2 cm along each axis), light and distractors vary between episodes (mild), what no picture tells, mass and grip, as well
     (hidden), a grip that holds or does not (slips), colours, mass and friction as well (strong), or one thing: the shifts"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
