@@ -32,7 +32,7 @@ class Foreign:
     id: str = ""
     """of a Gymnasium environment, as gym.make takes it (module:Name-v0 imports the module); empty: this project's robot"""
     kwargs: tuple[str, ...] = ()
-    """for gym.make, each name=value with a JSON value; with render_mode rgb_array unless it gives its own pixels"""
+    """for gym.make, each name=value with a JSON value; with render_mode rgb_array, where it takes that"""
     frame_skip: int = 1
     """steps of the environment in one of ours"""
     proprio: tuple[int, ...] = ()
@@ -79,7 +79,12 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
         extra = {} if goals else ready.to_collect or {}
         id, kwargs = f"{ready.module}:{config.id.rpartition(':')[2]}", {**ready.kwargs, **extra, **words}
     try:
-        env = gym.make(id, **kwargs)
+        try:
+            env = gym.make(id, **kwargs)
+        except TypeError as error:
+            if "render_mode" not in str(error) or "render_mode" in words:
+                raise
+            env = gym.make(id, **{name: value for name, value in kwargs.items() if name != "render_mode"})  # it may have pixels of its own
     except ModuleNotFoundError as error:
         remedy = "if it is yours, put its folder on PYTHONPATH; if it is of the extra peers: .venv/bin/pip install -c constraints.txt -e '.[peers]'"
         raise ValueError(f"cannot make {config.id!r} ({error}); {remedy}") from error
@@ -393,7 +398,9 @@ class Adapted(gym.Env):
         elif self._feels(obs):
             state = np.asarray(next(obs[key] for key in _PROPRIO if key in obs and np.ndim(obs[key]) == 1) if isinstance(obs, Mapping) else obs)
         else:
-            others = [key for key in obs if np.ndim(obs[key]) == 1] if isinstance(obs, Mapping) else []
+            others = [key for key in obs if np.ndim(obs[key]) == 1 or key in _PROPRIO and np.ndim(obs[key]) in (0, 2)] if isinstance(obs, Mapping) else []
+            if isinstance(obs, tuple):
+                raise ValueError(f"the observation is a tuple of {len(obs)}: say what of it is the robot's own, proprio=lambda obs: obs[0]{_IN_ADAPT}")
             if others:
                 names = ", ".join(map(str, others))
                 raise ValueError(

@@ -116,13 +116,15 @@ class Agent:
         A goal is {"pixels": uint8 [h, w, 3]}, and "proprio" float32 [S] where it is known. Raises ValueError for anything else,
         and leaves the episode that there was as it is.
         """
+        if not hasattr(goal, "keys") and not hasattr(goal, "__len__"):
+            raise ValueError(f"expected a goal or a list of sub-goals, got {type(goal).__name__}; pass info['goal']")
         goals = [goal] if hasattr(goal, "keys") else list(goal)
         if not goals:
             raise ValueError("expected a goal or a list of sub-goals, got an empty list; pass info['goal']")
         shape = checked(goals[0], "goal", None)["pixels"].shape
         goals = [checked(g, "goal", shape) for g in goals]
         wanted, course = [self.model.encode(g) for g in goals], Course(self.config, len(goals))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         self._pursue(wanted, ["proprio" in g for g in goals], None)
         self._shape, self._course, self._generator = shape, course, generator
         self._past = Past(self.model, self.config.readings)

@@ -42,12 +42,14 @@ class VectorAgent:
     ) -> None:  # fmt: skip
         """Start an episode of each, or of those `where` bool [n] says so, towards goals as `Agent.reset` takes them.
 
-        A mapping is n goals in one, as in `gym.vector`'s info["goal"]. seeds [n] are the planners', by default new ones for each
+        A mapping is n goals in one, as in `gym.vector`'s info["goal"], where "_proprio" bool [n] says which have one. seeds [n] are the planners', by default new ones for each
         episode. Raises ValueError for another number of goals or seeds, or a `where` of another kind.
         """
         count = len(self.agents)
         if isinstance(goals, Mapping):
+            has = np.ones(count, bool) if "_proprio" not in goals else np.asarray(goals["_proprio"])
             goals = _each({key: goals[key] for key in ("pixels", "proprio") if key in goals}, count, "goals")
+            goals = [own if known else {"pixels": own["pixels"]} for own, known in zip(goals, has)]
         if seeds is None:
             seeds = range(self._episodes, self._episodes + count)
         self._episodes += count
@@ -73,7 +75,7 @@ class VectorAgent:
 
     def _together(self, what: Callable[[Agent, Obs], Any], obs: Mapping[str, np.ndarray]) -> list[Any]:
         """What each agent makes of its observation, the model asked once for all."""
-        each = _each({key: obs[key] for key in ("pixels", "proprio") if key in obs}, len(self.agents), "observations")
+        each = _each({key: obs[key] for key in ("pixels", "proprio") if obs.get(key) is not None}, len(self.agents), "observations")
         return self._model.together([lambda a=a, o=o: what(a, o) for a, o in zip(self.agents, each)])
 
 

@@ -342,6 +342,35 @@ def test_a_benchmark_of_a_photographs_success_knows_no_distance(tmp_path, capsys
     assert "--randomization is of the robot's tasks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("seen", "told"), [
+    (lambda at: {"state": at[None]}, "numbers under state"), (lambda at: {"observation": float(at[0])}, "numbers under observation"),
+    (lambda at: (at, at), "a tuple of 2"),
+])  # fmt: skip
+def test_a_state_of_another_shape_is_asked_about(seen, told):
+    class Odd(Dot):
+        def _seen(self):
+            return seen(np.array(self.at))
+
+    with pytest.raises(ValueError, match=told):
+        envs.adapt(Odd(), Foreign(), image_size=20).reset(seed=0)
+
+
+def test_an_environment_that_takes_no_render_mode_is_made_all_the_same():
+    class Seeing(Dot):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = gym.spaces.Dict({"pixels": gym.spaces.Box(0, 255, (40, 60, 3), np.uint8)})
+
+        def _seen(self):
+            return {"pixels": self.render()}
+
+    gym.register("Seeing-v0", Seeing)
+    try:
+        assert make(Foreign("Seeing-v0"), 20, 3, goals=False).reset(seed=0)[0]["pixels"].shape == (20, 20, 3)
+    finally:
+        gym.registry.pop("Seeing-v0")
+
+
 def test_what_an_environment_calls_unsafe_itself_is_kept():
     class Telling(Dot):
         def step(self, action):

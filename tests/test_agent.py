@@ -350,6 +350,12 @@ def test_a_robot_that_is_held_up_is_not_taken_for_a_camera_that_stands_still():
         assert agent.last.answer == last
 
 
+def test_what_is_no_goal_is_named():
+    with pytest.raises(ValueError, match="got NoneType; pass info"):
+        agent_of().reset(None)
+    agent_of().reset(FAR, seed=np.int64(3))
+
+
 def test_each_camera_is_watched():
     for views, last in ((1, "plan"), (2, "hold")):
         model = PlaneModel()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from worldmodel import data
-from worldmodel.commands import cli, collect, workers
+from worldmodel.commands import bench, cli, collect, workers
 from worldmodel.model import load
 
 ROOT = Path(__file__).parent.parent
@@ -572,6 +572,58 @@ def test_bench_refuses_bad_input(model, tmp_path, capfd):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     assert "notes.txt" in refuse(capfd, *args, "--out", tmp_path / "other")
+
+
+def test_a_benchmark_without_a_failure_can_be_shown(tmp_path):
+    for won, played in ((200, 200), (50, 50), (0, 3), (250, 250)):
+        low, high = bench.wilson(won, played)
+        assert 0 <= low <= won / played <= high <= 1
+        (tmp_path / str(played)).mkdir(exist_ok=True)
+        summary = {"success_rate": won / played, "success_ci95": [low, high], "unsafe_rate": 0.0}
+        (tmp_path / str(played) / "results.json").write_text(json.dumps({"config": {}, "episodes": [{}] * played, "summary": summary}))
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "results.json").write_text("[1, 2]")
+    assert cli.main(words("show", tmp_path, "--out", tmp_path / "rates.png")) == 0
+
+
+def test_what_others_print_is_not_the_result(tmp_path):
+    (tmp_path / "talks.py").write_text(
+        "import os\nimport gymnasium as gym\nimport numpy as np\nos.write(1, b'banner\\n')\n\n\n"
+        "class Talks(gym.Env):\n"
+        "    action_space, observation_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Dict({'pixels': gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)})\n"
+        "    def reset(self, *, seed=None, options=None):\n        print('homing')\n        return {'pixels': np.zeros((32, 32, 3), np.uint8)}, {}\n"
+        "    def step(self, action):\n        return {'pixels': np.full((32, 32, 3), 9, np.uint8)}, 0.0, False, False, {}\n\n\n"
+        "gym.register('Talks-v0', Talks)\n"
+    )
+    result = call(
+        "collect", "--env.id", "talks:Talks-v0", "--policy", "random", "--episodes", 2, "--max-steps", 3, "--image-size", 32, "--workers", 1,
+        "--out", tmp_path / "data", "--json", PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0 and json.loads(result.stdout)["episodes"] == 2, result.stderr
+    assert "homing" in result.stderr and "banner" in result.stderr
+
+
+def test_on_and_off_in_a_preset_are_words(tmp_path, capfd):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("bench: {gate: on, policy: nothing}")
+    assert "--gate on needs --calibration" in refuse(capfd, "bench", "--preset", preset, "--out", tmp_path / "out")
+    preset.write_text("bench: {gate: off, policy: nothing, episodes: 1, max_steps: 2}")
+    assert cli.main(words("bench", "--preset", preset, "--out", tmp_path / "out")) == 0
+    preset.write_bytes(b"bench: {policy: \xff}")
+    assert "is not YAML" in refuse(capfd, "bench", "--preset", preset, "--out", tmp_path / "no")
+
+
+@pytest.mark.parametrize(("command", "flags", "told"), [
+    ("collect", ("--env.frame-skip", 2), "--env.frame-skip is of an environment of others"),
+    ("collect", ("--env.id", "mine:Mine-v0", "--task", "reach"), "--task is of the robot's tasks"),
+    ("pretrain", ("--seed", -1), "seed -1"), ("pretrain", ("--rate", 0), "rate is 0"), ("pretrain", ("--stem", -1), "stem is -1"),
+    ("train", ("--seed", -1), "seed -1"), ("train", ("--rate", -1), "rate is -1"), ("hazard", ("--seed", -1), "seed is -1"),
+    ("bench", ("--draw",), "--draw is for --policy imitation"),
+])  # fmt: skip
+def test_numbers_and_words_that_mean_nothing_are_refused(command, flags, told, dataset, encoder, model, tmp_path, capfd):
+    given = {"pretrain": ("--data", dataset), "train": ("--data", dataset, "--encoder", encoder), "hazard": ("--data", dataset, "--model", model)}
+    assert told in refuse(capfd, command, *given.get(command, ()), *flags, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_two_cameras_from_collect_to_speed(tmp_path, capfd):

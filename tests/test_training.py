@@ -266,6 +266,20 @@ def test_a_predictor_goes_on_from_another_of_the_same_features(data, tmp_path):
         train(TrainConfig(**sizes | {"depth": 2}, start=str(first)), encoder, data, tmp_path / "deeper", tmp_path / "cache")
 
 
+def test_a_short_last_episode_is_judged_by_as_many_steps_as_it_has(data, tmp_path):
+    path = episode_path(tmp_path / "data", 11)
+    short = {key: array[: 4 - (key == "actions")] for key, array in read_episode(path).items()}
+    path.unlink()
+    write_episode(path, short)
+    checksums = [checksum(episode_path(tmp_path / "data", i)) for i in range(12)]
+    with pytest.raises(ValueError, match="11 checksums of 12 episodes"):
+        write_recipe(tmp_path / "data", "test", {}, 12, checksums[:11])
+    write_recipe(tmp_path / "data", "test", {}, 12, checksums)
+    config = TrainConfig(merge=1, embed_dim=24, depth=1, num_heads=1, batch=4, steps=2, transitions=2, rollout=1)
+    path = train(config, VideoEncoder(TINY), Dataset.open(tmp_path / "data"), tmp_path / "run", tmp_path / "cache")
+    assert "open_loop/3" in (told := load_tensors(path, "model")[2]["held_out"]) and "open_loop/4" not in told
+
+
 def test_the_policy_of_a_start_is_kept(data, tmp_path):
     torch.manual_seed(0)
     encoder = VideoEncoder(TINY)

@@ -132,6 +132,16 @@ def test_what_goes_wrong_in_one_is_raised(world):
         VectorAgent(make, world, 0)
 
 
+def test_goals_of_gym_vector_say_which_have_proprioception(world):
+    several, given = VectorAgent(make, world, 2), pictures(2, 0)
+    given["proprio"][1] = 0.0  # as Gymnasium fills up
+    several.reset(given | {"_proprio": np.array([True, False]), "_pixels": np.ones(2, bool)}, seeds=np.arange(2))
+    assert [agent._known for agent in several.agents] == [[True], [False]]
+    assert several.act(pictures(2, 1)).shape == (2, world.action_dim)
+    with pytest.raises(ValueError, match="give obs.'proprio'"):
+        several.act(pictures(2, 1) | {"proprio": None})
+
+
 def test_a_turn_has_no_name_of_its_thread():
     """Else a process that forks, as asynchronous environments may, calls what is not its own."""
     turn = _Turn(lambda: None)

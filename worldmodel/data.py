@@ -148,8 +148,10 @@ def write_recipe(
 ) -> None:
     """Write dataset.json: how the episodes are made, and once all are there, their checksums.
 
-    The command's --out is `out` of the folder.
+    The command's --out is `out` of the folder. Raises ValueError where the checksums are not as many as the episodes.
     """
+    if checksums is not None and len(checksums) != episodes:
+        raise ValueError(f"got {len(checksums)} checksums of {episodes} episodes; expected one for each, data.checksum of its file")
     recipe = {"format": FORMAT, "command": command, "config": dict(config), "episodes": episodes}
     if out != ".":
         recipe["out"] = out
@@ -174,6 +176,8 @@ def read_recipe(folder: Path) -> dict:
         raise ValueError(f"{path} is not of format {FORMAT}; collect the dataset again with this version")
     if missing := [key for key in ("command", "config", "episodes", "checksums") if key not in recipe]:
         raise ValueError(f"{path} has no {', '.join(missing)}; write it with worldmodel.data.write_recipe, or collect the dataset again")
+    if recipe["checksums"] is not None and len(recipe["checksums"]) != recipe["episodes"]:
+        raise ValueError(f"{path} has {len(recipe['checksums'])} checksums of {recipe['episodes']} episodes; write it again with worldmodel.data.write_recipe")
     return recipe
 
 

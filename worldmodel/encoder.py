@@ -42,6 +42,8 @@ class EncoderConfig:
     resize: int = 0  # `encode` resizes a picture's shorter side to it and crops the middle; 0: pictures have image_size
 
     def __post_init__(self) -> None:
+        if self.stem < 0:
+            raise ValueError(f"stem is {self.stem}: expected at least 0")
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -76,7 +78,7 @@ class EncoderConfig:
         if height != self.image_size or width % height or width < self.views * height:
             raise ValueError(
                 f"pictures are {height} x {width}, expected {self.views} or more views of {self.image_size} x {self.image_size} side by side; resize or "
-                "crop them, or pretrain an encoder for them"
+                f"crop them, or pretrain an encoder for them, with --image-size {height}"
             )
         return pixels[..., : self.views * self.image_size, :]
 

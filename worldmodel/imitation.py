@@ -41,8 +41,8 @@ class ImitationConfig:
         for name in ("reach", "width", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.rate <= 0:
-            raise ValueError(f"rate is {self.rate}, expected more than 0")
+        if self.rate <= 0 or self.seed < 0:
+            raise ValueError(f"rate is {self.rate} and seed {self.seed}: expected more than 0, and at least 0")
         for name in ("ends", "strangers", "log_above"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")

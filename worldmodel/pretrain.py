@@ -75,6 +75,11 @@ class PretrainConfig:
         for name in ("predictor_dim", "predictor_depth", "predictor_heads", "summary_dim", "frames", "stride", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.rate <= 0 or min(self.seed, self.pixel_weight, self.visible_weight, self.summary_weight) < 0:
+            raise ValueError(
+                f"rate is {self.rate}, seed {self.seed}, pixel_weight {self.pixel_weight}, visible_weight {self.visible_weight}, summary_weight "
+                f"{self.summary_weight}: expected a rate of more than 0, and the others at least 0"
+            )
         if self.predictor_dim % (2 * self.predictor_heads):
             raise ValueError(f"predictor_dim {self.predictor_dim} does not split into {self.predictor_heads} heads of an even size")
         if self.summary_views and not (self.summary_weight and self.summary_views >= self.encoder.views):
@@ -224,6 +229,8 @@ class Pretraining(nn.Module):
     def own(self, clips: Tensor) -> Tensor:
         """The encoder's views [B, T, h, w, 3] of clips that hold more of them, side by side."""
         rows, columns = self.config.drawn
+        if clips.shape[-2] % clips.shape[-3]:
+            raise ValueError(f"pictures are {clips.shape[-2]} wide and {clips.shape[-3]} high: expected square ones, of several cameras side by side; crop them")
         if clips.shape[-3] * columns != clips.shape[-2] * rows:
             raise ValueError(
                 f"expected {columns // rows} views side by side, got pictures {clips.shape[-2]} wide and {clips.shape[-3]} high; "

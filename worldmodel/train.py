@@ -76,6 +76,8 @@ class TrainConfig:
         for name, most in (("prior_share", 1), ("free_share", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
+        if self.rate <= 0 or self.seed < 0:
+            raise ValueError(f"rate is {self.rate} and seed {self.seed}: expected more than 0, and at least 0")
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 
@@ -268,7 +270,8 @@ def train(
     optimizer = optimizer_for(predictor, config.weight_decay)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
-    clips = frames["held"].clip_index(256, 7, 1, np.random.default_rng(config.seed))
+    horizon = min(6, int(np.diff(frames["held"].offsets).max()) - 1)  # a recording that is held out may be short
+    clips = frames["held"].clip_index(256, horizon + 1, 1, np.random.default_rng(config.seed))
 
     def loss(patches: Tensor, proprio: Tensor, *others: Tensor) -> dict[str, Tensor]:
         actions, noise, by_prior, price = others
@@ -285,10 +288,10 @@ def train(
         if run.tells:
             run.log(rate=rate, **{k: float(v) for k, v in losses.items()})
         if step % 500 == 499:
-            run.log(**evaluate(predictor, features["held"], frames["held"], clips, 6))
+            run.log(**evaluate(predictor, features["held"], frames["held"], clips, horizon))
     if not run.done:
         return None
-    scores = evaluate(predictor, features["held"], frames["held"], clips, 6)
+    scores = evaluate(predictor, features["held"], frames["held"], clips, horizon)
     reader, wrong = _reader_of(features, frames, config.seed)
     scores |= {f"reader_rmse/{i}": error for i, error in enumerate(wrong)}
     hazard = None

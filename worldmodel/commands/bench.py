@@ -22,7 +22,7 @@ from tqdm import tqdm
 from envs.foreign import Foreign
 from worldmodel import data, files
 from worldmodel.commands import abstention, cli, suite
-from worldmodel.commands.collect import Level, Task
+from worldmodel.commands.collect import Level, Task, of_one_world
 from worldmodel.commands.episodes import Log, path_of, played, recorded
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
@@ -191,9 +191,7 @@ class Config:
         able = FOREIGN + (("expert", "simulator") if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
-        ours = [name for name in ("task", "object", "cameras", "randomization") if getattr(self, name) != getattr(Config, name)]
-        if self.env.id and ours:
-            raise ValueError(f"--{ours[0]} is of the robot's tasks, and {self.env.id} does not heed it; leave it out")
+        of_one_world(self, ("task", "object", "cameras", "randomization"))
         if self.env.id and self.policy in TOLD and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 
@@ -371,7 +369,7 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     rate, n = successes / trials, trials
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if successes else 0.0, middle + half if successes < trials else 1.0  # by rounding the ends come out beside these
 
 
 def summary(config: Config, episodes: list[dict]) -> dict:

@@ -17,7 +17,7 @@ import shlex
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if "-h" in rest or "--help" in rest:
             return _help(args[0], module)
         config = parse(args[0], module, rest, shared.preset)
-        with contextlib.redirect_stdout(sys.stderr):  # of libraries that print: stdout is for the result
+        with _stdout_to_stderr():
             result = module.run(config)
     except KeyboardInterrupt as error:
         sys.stderr.write(f"worldmodel {args[0]}: interrupted {error}".rstrip() + "\n")
@@ -78,6 +78,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"worldmodel {args[0]}", error, shared.debug_traceback)
     sys.stdout.write((json.dumps(_jsonable(result)) if shared.json else module.report(result)) + "\n")
     return 0
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Whatever libraries print, environments of others, and processes that start meanwhile: stdout is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _keep_memory() -> None:
@@ -190,6 +205,8 @@ def _preset_flags(command: str, preset: str | None, known: dict[str, type]) -> l
         if name not in known:
             raise ValueError(f"{path} has unknown key {name.replace('-', '_')!r}; known are "
                              f"{', '.join(known).replace('-', '_')}")  # fmt: skip
+        if isinstance(flat[name], bool) and "on" in typing.get_args(known[name]):  # which YAML takes for true
+            flat[name] = "on" if flat[name] else "off"
     return _flags(flat)
 
 
@@ -222,8 +239,8 @@ def read_yaml(path: Path) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected keys and values")

@@ -86,10 +86,21 @@ class Config:
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
         if self.policy == "careful" and not self.task.startswith("pick-place"):
             raise ValueError(f"the careful expert picks and places; got --task {self.task}, expected pick-place or pick-place-fragile")
+        of_one_world(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility"))
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", self.env.players[0])
         if self.env.id and self.policy not in self.env.players:
             raise ValueError(f"in {self.env.id} {', '.join(self.env.players)} can act, not {self.policy}")
+
+
+def of_one_world(config, ours: tuple[str, ...]) -> None:
+    """Raise ValueError where a config says something, in fields `ours`, of the robot's tasks, but has an environment of others; or the reverse."""
+    said = [f"--{name.replace('_', '-')}" for name in ours if getattr(config, name) != getattr(type(config), name)]
+    if config.env.id and said:
+        raise ValueError(f"{said[0]} is of the robot's tasks, and {config.env.id} does not heed it; leave it out")
+    theirs = [f"--env.{f.name.replace('_', '-')}" for f in dataclasses.fields(config.env) if getattr(config.env, f.name) != f.default]
+    if theirs and not config.env.id:
+        raise ValueError(f"{theirs[0]} is of an environment of others: name it, --env.id, or leave it out")
 
 
 def run(config: Config) -> dict:

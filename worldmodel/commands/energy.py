@@ -180,8 +180,12 @@ def planned_move(world, cost, planner, seed: int) -> np.ndarray:
 
 
 def metres(world) -> np.ndarray:
-    """What an action of 1 moves the hand by along x, y and z, m."""
+    """What an action of 1 moves the hand by along x, y and z, m. Raises ValueError for a model of another robot."""
+    from envs.base import ACTION_DIMS
     from envs.control import MOVE
+
+    if not hasattr(world.predictor.config, "action_scale") and world.action_dim not in ACTION_DIMS:
+        raise ValueError(f"the model plans actions of {world.action_dim} numbers, and is of another robot than this project's: where its hand goes is not known")
 
     return np.array(getattr(world.predictor.config, "action_scale", (MOVE,) * 3)[:3])
 

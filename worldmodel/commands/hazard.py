@@ -37,6 +37,8 @@ class Config:
         for name in ("threads", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
 
 
 def run(config: Config) -> dict:

@@ -90,8 +90,12 @@ def _kind(path: Path):
 # Episodes
 
 
+def _episode(path: Path) -> dict[str, np.ndarray]:
+    return data.read_episode(path, ("pixels", "actions", *({"privileged/unsafe"} & data.keys_of(path))))
+
+
 def _draw_episode(config: Config) -> list[np.ndarray]:
-    episode = data.read_episode(config.path)
+    episode = _episode(config.path)
     if config.out.suffix == ".webp":
         return [_captioned(episode, t, config.scale) for t in range(len(episode["pixels"]))]
     return [_grid([_captioned(episode, t, config.scale) for t in _spread(len(episode["pixels"]), config.frames)], 8)]
@@ -99,7 +103,9 @@ def _draw_episode(config: Config) -> list[np.ndarray]:
 
 def _draw_dataset(config: Config) -> list[np.ndarray]:
     there = data.Dataset.open(config.path).episodes
-    episodes = [data.read_episode(there[i].path) for i in _spread(len(there), config.episodes)]
+    episodes = [_episode(there[i].path) for i in _spread(len(there), config.episodes)]
+    if len(sizes := {e["pixels"].shape[1:] for e in episodes}) > 1:
+        raise ValueError(f"{config.path} has pictures of several sizes, {', '.join(map(str, sorted(sizes)))}: expected one size in a dataset")
     if config.out.suffix == ".png":
         shown = [(e, t) for e in episodes for t in np.linspace(0, len(e["pixels"]) - 1, 8).astype(int)]
         return [_grid([_captioned(e, t, config.scale) for e, t in shown], 8)]
@@ -174,8 +180,8 @@ def _draw_curves(config: Config) -> list[np.ndarray]:
 def _draw_rates(config: Config) -> list[np.ndarray]:
     from matplotlib.figure import Figure
 
-    found = {path.parent.relative_to(config.path).as_posix(): json.loads(path.read_bytes()) for path in sorted(config.path.rglob("results.json"))}
-    found = {name: result for name, result in found.items() if "success_rate" in result["summary"]}  # a recording's steps succeed at nothing
+    found = {path.parent.relative_to(config.path).as_posix(): _episodes_told(path) for path in sorted(config.path.rglob("results.json"))}
+    found = {name: result for name, result in found.items() if result}
     if not found:
         raise ValueError(f"no results.json under {config.path} tells of episodes; make one with `worldmodel bench`")
     results = list(found.values())
@@ -185,7 +191,7 @@ def _draw_rates(config: Config) -> list[np.ndarray]:
         summary, low_high = result["summary"], result["summary"]["success_ci95"]
         rate = summary["success_rate"]
         axes.barh(row, rate, color="tab:blue", alpha=0.7)
-        axes.errorbar(rate, row, xerr=[[rate - low_high[0]], [low_high[1] - rate]], color="black", capsize=3)
+        axes.errorbar(rate, row, xerr=[[max(0.0, rate - low_high[0])], [max(0.0, low_high[1] - rate)]], color="black", capsize=3)
         text = f"{rate:.0%}  [{low_high[0]:.0%}, {low_high[1]:.0%}] of {len(result['episodes'])}, unsafe {summary['unsafe_rate']:.0%}"
         axes.text(1.02, row, text, va="center", fontsize=9)
     told = ({**r["config"], **r["summary"]} for r in results)  # a summary knows an environment of others by its name
@@ -197,6 +203,15 @@ def _draw_rates(config: Config) -> list[np.ndarray]:
     axes.set_xlabel("success rate, with its 95 % interval (Wilson)", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     return [_rendered(figure)]
+
+
+def _episodes_told(path: Path) -> dict | None:
+    """What a results.json says, if it is of a benchmark's episodes: a recording's steps succeed at nothing, and others have such files too."""
+    try:
+        result = json.loads(path.read_bytes())
+        return result if "success_rate" in result["summary"] and "config" in result and "episodes" in result else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _rendered(figure) -> np.ndarray:
