@@ -138,7 +138,7 @@ def test_goals_of_gym_vector_say_which_have_proprioception(world):
     several.reset(given | {"_proprio": np.array([True, False]), "_pixels": np.ones(2, bool)}, seeds=np.arange(2))
     assert [agent._known for agent in several.agents] == [[True], [False]]
     assert several.act(pictures(2, 1)).shape == (2, world.action_dim)
-    with pytest.raises(ValueError, match="give obs.'proprio'"):
+    with pytest.raises(ValueError, match="have none; give the goal as pixels alone"):
         several.act(pictures(2, 1) | {"proprio": None})
 
 
