@@ -102,6 +102,25 @@ def make(config: Foreign, image_size: int = 96, max_steps: int = 50, stop_on_suc
         raise
 
 
+def _events(told: Any, who: str) -> dict[str, float]:
+    """What went wrong, by name. Raises ValueError where it is something else."""
+    try:
+        events = {str(event): float(value) for event, value in told.items()}
+    except (AttributeError, TypeError, ValueError):
+        events = {"": np.nan}
+    if not np.isfinite(list(events.values())).all():
+        raise ValueError(f"{who} {told!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
+    return events
+
+
+def _own_events(info: Mapping[str, Any]) -> dict[str, float]:
+    """What an environment itself calls unsafe, as a rule as flags, of which those that are down do not count."""
+    told = info.get("unsafe")
+    if not isinstance(told, Mapping):
+        return {"unsafe": 1.0} if isinstance(told, (bool, np.bool_)) and told else {}
+    return _events({event: value for event, value in told.items() if value}, "info['unsafe'] is")
+
+
 def _bare(env: gym.Env, id: str) -> Adapted:
     """An adapted environment without the checks that gym.make puts around it. Raises ValueError where there is more, which would be lost."""
     while not isinstance(env, Adapted):
@@ -145,7 +164,8 @@ def adapt(
     gate that refuses, send 0**: where no one action stays, as with targets of joints, wrap the environment so that one does. goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
     of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot).
-    success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info, events with their measured values (default: info["unsafe"], if that is a mapping); `cost` counts them. An episode ends where the
+    success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info,
+    events with their measured values (default: what info["unsafe"] says, values that are not 0, or a flag); `cost` counts them. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
     collecting. Raises ValueError for spaces that do not fit.
     """
@@ -246,7 +266,7 @@ class Adapted(gym.Env):
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise ValueError(f"action is {action}: expected {self.action_space.shape} finite numbers in [-1, 1]")
         self._draw_here()
-        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1), self._told.unsafe)
+        obs, reward, info, unsafe, (terminated, truncated) = self._repeat(action.clip(-1, 1), self._events_of)
         self._steps += 1
         seen = self._observe(obs)
         info = self._info(seen, info, unsafe)
@@ -281,13 +301,17 @@ class Adapted(gym.Env):
         at = list(self.config.judged) or slice(None)
         return float(np.linalg.norm(seen["proprio"][at] - goal["proprio"][at]))
 
+    def _events_of(self, obs: Any, info: Mapping[str, Any]) -> dict[str, float]:
+        """What is unsafe, by the user's function, or else as the environment itself says."""
+        return _own_events(info) if self._told.unsafe is None else _events(self._told.unsafe(obs, info), "unsafe returned")
+
     def _draw_here(self) -> None:
         """Have the environment draw on its own canvas: Gymnasium's MuJoCo renderer draws, and reads, where the last of this process did."""
         viewer = getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None)
         if hasattr(viewer, "make_context_current"):
             viewer.make_context_current()
 
-    def _repeat(self, action: np.ndarray, unsafe_of: Callable | None = None) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
+    def _repeat(self, action: np.ndarray, events_of: Callable | None = None) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
         """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, terminated and truncated."""
         theirs = self._low + (action + 1) / 2 * (self._high - self._low)
         if (still := self._told.still) is not None:
@@ -299,12 +323,8 @@ class Adapted(gym.Env):
             obs, gain, terminated, truncated, info = self.env.step(theirs)
             reward += float(gain)
             success |= _succeeds(info)
-            told = info.get("unsafe", {})
-            events = unsafe_of(obs, info) if unsafe_of else told if isinstance(told, Mapping) else {}
-            if not isinstance(events, Mapping) or not all(np.isfinite(float(value)) for value in events.values()):
-                raise ValueError(f"unsafe returned {events!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
-            for event, value in events.items():
-                unsafe[event] = max(unsafe.get(event, -np.inf), float(value))
+            for event, value in (events_of(obs, info) if events_of else {}).items():
+                unsafe[event] = max(unsafe.get(event, -np.inf), value)
             if terminated or truncated:
                 break
         return obs, reward, {**info, "success": success}, unsafe, (bool(terminated), bool(truncated))

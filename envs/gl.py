@@ -6,11 +6,9 @@ import ctypes
 import os
 import sys
 
-LATE = "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ
-REMEDY = "cannot draw: " + (
-    "mujoco was imported before envs, which chooses what draws; import envs first, or set MUJOCO_GL=egl (or osmesa)" if LATE
-    else "no usable GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
-)  # fmt: skip
+REMEDY = "cannot draw: no usable GL library; install libegl1 (or libosmesa6) and set MUJOCO_GL=egl (or osmesa)"
+if "mujoco" in sys.modules and not os.environ.get("MUJOCO_GL"):  # it has chosen already
+    REMEDY = "cannot draw: mujoco was imported before envs, which chooses what draws; import envs first, or start Python with MUJOCO_GL=egl (or osmesa)"
 _LIBRARIES = {"egl": ("libEGL.so.1",), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
 
 

@@ -161,7 +161,7 @@ class Randomizer:
         colours, materials = self._field("geom_rgba"), self._field("mat_rgba")
         for i in range(DISTRACTORS):
             colours[self._scene.model.geom(f"distractor{i}").id, :3] = rng.uniform(0.05, 0.95, 3)
-        # Whatever has one colour keeps one: the arm's links, the fingers, the sides of a cup. A material's is its own, but for geoms that say another.
+        # Whatever has one colour keeps one: the arm's links, the fingers, the sides of a cup. Any but the default would hide a material.
         plain = self._field("geom_matid") < 0
         for colour in np.unique(colours[:, :3], axis=0):
             same = (colours[:, :3] == colour).all(1)
@@ -182,7 +182,7 @@ class Randomizer:
             ("body_subtreemass", at, mass),
             ("body_invweight0", at, 1 / mass),
             ("dof_invweight0", dof, 1 / mass),
-            ("dof_M0", dof, mass),  # where MuJoCo has the inertia of a body without children, turned as its frame
+            ("dof_M0", dof, mass),  # where MuJoCo takes the inertia of a simple body from (`body_simple`)
             ("geom_friction", [*self._things, self._table], friction),  # the greater of the two counts
         ):
             value = self._field(name)

@@ -58,19 +58,19 @@ class Contacts(NamedTuple):
 
     left: bool  # left finger and object
     right: bool  # right finger and object
-    rest: bool  # rest of the robot and object
     object_force: float  # the largest of: left finger, right finger, rest of the robot, table, on the object; distractors, which nothing moves, do not count
     table_force: float  # robot on the table, or object on the table, whichever is larger
     self_force: float  # robot on robot
     post_force: float  # robot and object on posts
     self_collision: bool
+    rest: bool  # rest of the robot and object
 
 
 _OWN = tuple(_ROBOT * _KINDS + kind for kind in (_ROBOT, _LEFT, _RIGHT))  # pairs: the robot and itself
 _ON_OBJECT = [kind * _KINDS + _OBJECT for kind in (_ROBOT, _LEFT, _RIGHT, _TABLE)]
 _ON_TABLE = [kind * _KINDS + _TABLE for kind in (_ROBOT, _LEFT, _RIGHT)]
 _ON_POST = [kind * _KINDS + _POST for kind in (_ROBOT, _LEFT, _RIGHT, _OBJECT)]
-_NO_CONTACTS = Contacts(False, False, False, 0.0, 0.0, 0.0, 0.0, False)
+_NO_CONTACTS = Contacts(False, False, 0.0, 0.0, 0.0, 0.0, False, False)
 _WRIST_NEAR = 0.01  # m
 POSTS, POST_HEIGHT, POST_RADIUS = 3, 0.08, 0.012  # how many there are, and m, as in scene.xml
 
@@ -238,12 +238,12 @@ class Scene:
         return Contacts(
             left=_LEFT * _KINDS + _OBJECT in touch,
             right=_RIGHT * _KINDS + _OBJECT in touch,
-            rest=_ROBOT * _KINDS + _OBJECT in touch,
             object_force=max(on_object),
             table_force=max(sum(on_table), force[_TABLE * _KINDS + _OBJECT]),
             self_force=sum([force[pair] for pair in _OWN]),
             post_force=sum([force[pair] for pair in _ON_POST]),
             self_collision=not touch.isdisjoint(_OWN),
+            rest=_ROBOT * _KINDS + _OBJECT in touch,
         )
 
     # What is put.

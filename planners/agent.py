@@ -41,7 +41,7 @@ class AgentConfig(CourseConfig):
     caution: float = 10.0  # the same of the plan that is made when the gate has refused one
     readings: int = 5  # last pictures by whose readings of proprioception, which is known, those of goals are mended
     retreat: tuple[float, ...] = ()  # action [A] that is asked about where the gate has refused all others; (): none
-    worry: float = 0.1  # share of a gate's limit of hazard from which on it goes by the model's detour, if there is one, to the episode's end
+    worry: float = 0.1  # risk of a verdict, or share of its limit, from which on it goes by the model's detour, if there is one, to the episode's end
     refusals: int = 10  # in a row, none of them answered by anything that may run, at the last of which it hands over
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class Agent:
     def _seen(self, context: Context) -> Seen:
         """What the gate may know besides the plan."""
         past = self._past
-        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, past.views, context)
+        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, context, past.views)
 
     def _pursue(self, goals: list[Features], known: list[bool], off: Tensor | None) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
@@ -269,7 +269,7 @@ class Agent:
             self._wary = detour is not None
             if detour is not None:
                 safer = self._judged(as_told(detour.actions[None]), context, observed, "detour")
-                if not decision.verdict.go or safer.verdict.danger < decision.verdict.danger:
+                if not decision.verdict.go or safer.verdict.go and safer.verdict.danger < decision.verdict.danger:
                     decision, plan = safer, safer.plan
         if not decision.verdict.go and detour is None and self.hazard is not None:
             planner = getattr(self.planner, "cautious", self.planner)

@@ -64,6 +64,7 @@ def check_gate(gate: Gate, futures: int = 4, horizon: int = 2, patches: int = 6,
     assert isinstance(verdict.go, bool), f"go is {verdict.go!r}: expected True or False"
     assert isinstance(verdict.why, str) and verdict.why, "why is empty; say in a sentence what decided"
     assert verdict.go == (verdict.score <= verdict.limit), f"go is {verdict.go} with score {verdict.score} and limit {verdict.limit}"
+    assert verdict.risk is None or verdict.risk >= 0, f"risk is {verdict.risk}: expected at least 0, or None where the score tells it"
     assert torch.equal(kept[0], imagined.patches) and torch.equal(kept[1], plan.actions), "judge(...) changed what it was given"
     assert gate.judge(plan, imagined, seen) == verdict, "the same plan gets another verdict; keep nothing between calls"
     broken = Features(torch.full_like(imagined.patches, torch.nan), imagined.proprio)

@@ -75,12 +75,15 @@ class Seen:
     pixels: np.ndarray  # uint8 [h, w, 3], the last picture
     expected: Features | None = None  # of the last picture, as imagined a step ago under K sampled z: patches [K, P, D]
     still: int = 0  # how many pictures before the last one were the same to the bit, of one camera, although the robot was told to move
-    views: int = 1  # cameras side by side in `pixels`
     context: Context | None = None  # the past that the plan was made for; None: all that is known of it is `now`
+    views: int = 1  # cameras side by side in `pixels` that the model looks through
 
 
 def by_camera(pixels: np.ndarray, views: int) -> list[np.ndarray]:
-    """Pictures [h, w, 3] of cameras side by side, each on its own; one where they do not divide."""
+    """The first views of pictures [h, w, 3] side by side, each on its own: there may be more; one picture where they do not divide."""
+    height, width = pixels.shape[:2]
+    if width % height == 0 and width > views * height:
+        pixels = pixels[:, : views * height]
     return np.split(pixels, views, axis=1) if pixels.shape[1] % views == 0 else [pixels]
 
 

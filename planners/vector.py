@@ -42,8 +42,8 @@ class VectorAgent:
     ) -> None:  # fmt: skip
         """Start an episode of each, or of those `where` bool [n] says so, towards goals as `Agent.reset` takes them.
 
-        A mapping is n goals in one, as in `gym.vector`'s info["goal"], where "_proprio" bool [n] says which have one. seeds [n] are the planners', by default new ones for each
-        episode. Raises ValueError for another number of goals or seeds, or a `where` of another kind.
+        A mapping is n goals in one, as in `gym.vector`'s info["goal"], where "_proprio" bool [n] says which have one.
+        seeds [n] are the planners', by default new ones for each episode. Raises ValueError for another number of goals or seeds, or a `where` of another kind.
         """
         count = len(self.agents)
         if isinstance(goals, Mapping):

@@ -338,8 +338,6 @@ def test_a_benchmark_of_a_photographs_success_knows_no_distance(tmp_path, capsys
     assert cli.main([*bench, str(tmp_path / "random")]) == 0
     told = capsys.readouterr().out
     assert "0 of 2" in told and "distance" not in told
-    assert cli.main([*bench, str(tmp_path / "light"), "--randomization", "light"]) == 2
-    assert "--randomization is of the robot's tasks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seen", "told"), [
@@ -381,6 +379,16 @@ def test_what_an_environment_calls_unsafe_itself_is_kept():
     env.reset(seed=0)
     infos = [env.step(np.zeros(2))[-1] for _ in range(2)]  # of two steps each
     assert [info["unsafe"] for info in infos] == [{"push": 2.0}, {}] and [info["cost"] for info in infos] == [1.0, 0.0]
+    for told, wanted in (({"collision": False, "speed": 0.0}, {}), (True, {"unsafe": 1.0}), ("no", {})):
+        Telling.step = lambda self, action, told=told: (*Dot.step(self, action)[:4], {"unsafe": told})
+        env = envs.adapt(Telling(), CONFIG, image_size=20)
+        env.reset(seed=0)
+        assert env.step(np.zeros(2))[-1]["unsafe"] == wanted
+    Telling.step = lambda self, action: (*Dot.step(self, action)[:4], {"unsafe": {"speed": "high"}})
+    env = envs.adapt(Telling(), CONFIG, image_size=20)
+    with pytest.raises(ValueError, match="info..unsafe.. is {'speed': 'high'}"):
+        env.reset(seed=0)
+        env.step(np.zeros(2))
     env = envs.adapt(Telling(), CONFIG, image_size=20, unsafe=lambda obs, info: {"broken": np.nan})
     env.reset(seed=0)
     with pytest.raises(ValueError, match="unsafe returned {'broken': nan}"):

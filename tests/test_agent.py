@@ -485,6 +485,17 @@ def test_only_hazard_worries_a_gate_that_lets_go(hazard, first):
     assert decision.verdict.go and decision.answer == first and decision.verdict.score > 0.6  # of novelty
 
 
+def test_a_plan_that_may_run_is_not_given_up_for_a_detour_that_may_not():
+    class Straight:
+        """Knows of a risk along the first dimension, and lets nothing go along the second."""
+
+        def judge(self, plan, imagined, seen):
+            aside = float(plan.actions[0, 0, 1].abs()) > 0.15
+            return Verdict(not aside, float(aside), 0.5, "aside", risk=0.1 if aside else 0.6)
+
+    assert go(agent_of(Detouring(), gate=Straight()), Plane(), 1, FAR)[0].answer == "plan"
+
+
 def test_a_rehearsal_asks_for_what_an_episode_does_and_leaves_that_as_it_is():
     class Watched(Detouring):
         def detour(self, now, goals, horizon):  # stays where it is at the goal

@@ -588,15 +588,15 @@ def test_a_benchmark_without_a_failure_can_be_shown(tmp_path):
 
 def test_what_others_print_is_not_the_result(tmp_path):
     (tmp_path / "talks.py").write_text(
-        "import os\nimport gymnasium as gym\nimport numpy as np\nos.write(1, b'banner\\n')\n\n\n"
+        "import os\nimport sys\nimport gymnasium as gym\nimport numpy as np\nos.write(1, b'banner\\n')\n\n\n"
         "class Talks(gym.Env):\n"
         "    action_space, observation_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Dict({'pixels': gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)})\n"
-        "    def reset(self, *, seed=None, options=None):\n        print('homing')\n        return {'pixels': np.zeros((32, 32, 3), np.uint8)}, {}\n"
+        "    def reset(self, *, seed=None, options=None):\n        print('homing', file=sys.__stdout__)\n        return {'pixels': np.zeros((32, 32, 3), np.uint8)}, {}\n"
         "    def step(self, action):\n        return {'pixels': np.full((32, 32, 3), 9, np.uint8)}, 0.0, False, False, {}\n\n\n"
         "gym.register('Talks-v0', Talks)\n"
     )
     result = call(
-        "collect", "--env.id", "talks:Talks-v0", "--policy", "random", "--episodes", 2, "--max-steps", 3, "--image-size", 32, "--workers", 1,
+        "collect", "--env.id", "talks:Talks-v0", "--policy", "random", "--episodes", 2, "--max-steps", 3, "--image-size", 32, "--workers", 2,
         "--out", tmp_path / "data", "--json", PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0 and json.loads(result.stdout)["episodes"] == 2, result.stderr
@@ -616,9 +616,10 @@ def test_on_and_off_in_a_preset_are_words(tmp_path, capfd):
 @pytest.mark.parametrize(("command", "flags", "told"), [
     ("collect", ("--env.frame-skip", 2), "--env.frame-skip is of an environment of others"),
     ("collect", ("--env.id", "mine:Mine-v0", "--task", "reach"), "--task is of the robot's tasks"),
-    ("pretrain", ("--seed", -1), "seed -1"), ("pretrain", ("--rate", 0), "rate is 0"), ("pretrain", ("--stem", -1), "stem is -1"),
-    ("train", ("--seed", -1), "seed -1"), ("train", ("--rate", -1), "rate is -1"), ("hazard", ("--seed", -1), "seed is -1"),
-    ("bench", ("--draw",), "--draw is for --policy imitation"),
+    ("pretrain", ("--seed", -1), "seed is -1"), ("pretrain", ("--rate", 0), "rate is 0"), ("pretrain", ("--stem", -1), "stem is -1"),
+    ("train", ("--seed", -1), "seed is -1"), ("train", ("--rate", -1), "rate is -1"), ("hazard", ("--seed", -1), "seed is -1"),
+    ("pretrain", ("--summary-weight", -1), "summary_weight is -1"), ("bench", ("--draw",), "--draw is for --policy imitation"),
+    ("bench", ("--env.id", "mine:Mine-v0", "--policy", "random", "--randomization", "light"), "--randomization is of the robot's tasks"),
 ])  # fmt: skip
 def test_numbers_and_words_that_mean_nothing_are_refused(command, flags, told, dataset, encoder, model, tmp_path, capfd):
     given = {"pretrain": ("--data", dataset), "train": ("--data", dataset, "--encoder", encoder), "hazard": ("--data", dataset, "--model", model)}
@@ -630,7 +631,7 @@ def test_two_cameras_from_collect_to_speed(tmp_path, capfd):
     cameras, model = ("--cameras", "front", "wrist"), tmp_path / "model" / "model.safetensors"
     small = "--embed-dim 24 --depth 1 --num-heads 1 --batch 4 --steps 4 --threads 1".split()
     few = *cameras, "--samples", 4, "--iterations", 1, "--threads", 1
-    for call in (
+    for line in (
         ("collect", *cameras, "--episodes", 4, "--max-steps", 6, "--image-size", 24, "--workers", 1, "--out", tmp_path / "data"),
         ("pretrain", "--data", tmp_path / "data", *small, "--image-size", 24, "--views", 2, "--stride", 1, "--out", tmp_path / "encoder"),
         ("train", "--data", tmp_path / "data", "--encoder", tmp_path / "encoder" / "encoder.safetensors", *small, "--merge", 1, "--transitions", 2,
@@ -638,7 +639,7 @@ def test_two_cameras_from_collect_to_speed(tmp_path, capfd):
         ("bench", "--model", model, *few, "--elites", 2, "--episodes", 1, "--max-steps", 3, "--video", 1, "--record", "--out", tmp_path / "bench"),
         ("speed", "--model", model, *few, "--decisions", 2, "--no-peers", "--no-growth", "--no-training"),
     ):  # fmt: skip
-        assert cli.main(words(*call)) == 0, call[0]
+        assert cli.main(words(*line)) == 0, line[0]
     played = np.load(next((tmp_path / "bench" / "data").glob("*.npz")))
     assert played["pixels"].shape[1:] == (24, 48, 3)
     recording = tmp_path / "recording.npz"

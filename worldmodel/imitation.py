@@ -19,7 +19,7 @@ from worldmodel.interface import Features
 from worldmodel.model import LatentModel
 from worldmodel.policy import GRIPPER, Policy
 from worldmodel.train import identify, placed_features
-from worldmodel.training import Run, Stepper, gather, optimizer_for, set_rate
+from worldmodel.training import Run, Stepper, check_run, gather, optimizer_for, set_rate
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class ImitationConfig:
         for name in ("reach", "width", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.rate <= 0 or self.seed < 0:
-            raise ValueError(f"rate is {self.rate} and seed {self.seed}: expected more than 0, and at least 0")
+        check_run(self.rate, self.seed)
         for name in ("ends", "strangers", "log_above"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")

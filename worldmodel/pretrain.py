@@ -30,7 +30,7 @@ from worldmodel.data import Dataset
 from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, initialise, patchify, positions, rotation, scaled, sinusoids, take
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
-from worldmodel.training import MODULE, Run, Stepper, effective_rank, optimizer_for, placed, set_rate
+from worldmodel.training import MODULE, Run, Stepper, check_run, effective_rank, optimizer_for, placed, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
@@ -75,11 +75,10 @@ class PretrainConfig:
         for name in ("predictor_dim", "predictor_depth", "predictor_heads", "summary_dim", "frames", "stride", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if self.rate <= 0 or min(self.seed, self.pixel_weight, self.visible_weight, self.summary_weight) < 0:
-            raise ValueError(
-                f"rate is {self.rate}, seed {self.seed}, pixel_weight {self.pixel_weight}, visible_weight {self.visible_weight}, summary_weight "
-                f"{self.summary_weight}: expected a rate of more than 0, and the others at least 0"
-            )
+        check_run(self.rate, self.seed)
+        for name in ("pixel_weight", "visible_weight", "summary_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.predictor_dim % (2 * self.predictor_heads):
             raise ValueError(f"predictor_dim {self.predictor_dim} does not split into {self.predictor_heads} heads of an even size")
         if self.summary_views and not (self.summary_weight and self.summary_views >= self.encoder.views):

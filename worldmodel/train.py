@@ -31,7 +31,7 @@ from worldmodel.latent import information_loss
 from worldmodel.model import LatentModel, load
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import AttentiveProbe, fit
-from worldmodel.training import Run, Stepper, gather, optimizer_for, placed, seeded, set_rate
+from worldmodel.training import Run, Stepper, check_run, gather, optimizer_for, placed, seeded, set_rate
 
 IMAGINED_AT_ONCE = 32  # frames of an episode, when all outcomes are imagined; bounds memory
 EPISODES_AT_ONCE = 128  # of the same length, on a GPU
@@ -76,8 +76,7 @@ class TrainConfig:
         for name, most in (("prior_share", 1), ("free_share", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
-        if self.rate <= 0 or self.seed < 0:
-            raise ValueError(f"rate is {self.rate} and seed {self.seed}: expected more than 0, and at least 0")
+        check_run(self.rate, self.seed)
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 

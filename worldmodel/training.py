@@ -236,6 +236,14 @@ def optimizer_for(modules: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
 
 
+def check_run(rate: float, seed: int) -> None:
+    """Raise ValueError for a learning rate or a seed that nothing can begin with."""
+    if not rate > 0:
+        raise ValueError(f"rate is {rate}, expected more than 0")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected at least 0")
+
+
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> float:
     """Warm-up over 5 % of the steps, constant, linear cool-down to 2 % of peak over the last 35 %."""
     rate = peak * min((step + 1) / (0.05 * steps + 1), 1.0, max((steps - step) / (0.35 * steps + 1), 0.02))

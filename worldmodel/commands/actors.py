@@ -91,7 +91,7 @@ class Imitator:
     a search begins with, or `draws` one. At a share `stray` of its steps it does something else.
     """
 
-    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], draws: bool = False, stray: float = 0.0) -> None:
+    def __init__(self, world: model.LatentModel, subgoal_steps: tuple[int, ...], *, draws: bool = False, stray: float = 0.0) -> None:
         self.model, self._steps, self._draws, self._stray = world, subgoal_steps, draws, stray
         self.last: Imitated | None = None
 

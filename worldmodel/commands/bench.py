@@ -22,7 +22,7 @@ from tqdm import tqdm
 from envs.foreign import Foreign
 from worldmodel import data, files
 from worldmodel.commands import abstention, cli, suite
-from worldmodel.commands.collect import Level, Task, of_one_world
+from worldmodel.commands.collect import Level, Task, check_environment
 from worldmodel.commands.episodes import Log, path_of, played, recorded
 
 BUDGETS = {  # samples, iterations, elites, horizon, std, fine
@@ -191,7 +191,7 @@ class Config:
         able = FOREIGN + (("expert", "simulator") if self.env.ready else ())
         if self.env.id and self.policy not in able:
             raise ValueError(f"in {self.env.id} {', '.join(able)} can act, not {self.policy}")
-        of_one_world(self, ("task", "object", "cameras", "randomization"))
+        check_environment(self, ("task", "object", "cameras", "randomization"))
         if self.env.id and self.policy in TOLD and self.model is None:
             raise ValueError(f"the shipped model knows nothing of {self.env.id}; train one, and give it as --model")
 

@@ -82,22 +82,29 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Whatever libraries print, environments of others, and processes that start meanwhile: stdout is for the result."""
-    sys.stdout.flush()
+    """Send to stderr whatever libraries print, environments of others, and processes that start meanwhile: stdout is for the result."""
+    out, libc = sys.stdout, _libc()
+    out.flush()
     kept = os.dup(1)
-    os.dup2(2, 1)
     try:
+        os.dup2(2, 1)
         with contextlib.redirect_stdout(sys.stderr):
             yield
+        out.flush()  # of who kept it from before
+        if libc is not None:
+            libc.fflush(None)
     finally:
-        ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
 
 
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def _keep_memory() -> None:
     """Let glibc keep freed buffers: giving each back and faulting it in again costs up to half of a training's time."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = _libc()
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes

@@ -73,7 +73,7 @@ class Config:
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; task, object, cameras, action-dim and randomization are the robot's.
+    """an environment of others instead of the robot; task, object, cameras, action-dim, randomization and visibility are the robot's.
     Who acts there: play (the default), random or nothing; where `envs.peers` knows it, also expert, noisy or mixture, the default then"""
 
     def __post_init__(self):
@@ -86,14 +86,14 @@ class Config:
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
         if self.policy == "careful" and not self.task.startswith("pick-place"):
             raise ValueError(f"the careful expert picks and places; got --task {self.task}, expected pick-place or pick-place-fragile")
-        of_one_world(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility"))
+        check_environment(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility"))
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", self.env.players[0])
         if self.env.id and self.policy not in self.env.players:
             raise ValueError(f"in {self.env.id} {', '.join(self.env.players)} can act, not {self.policy}")
 
 
-def of_one_world(config, ours: tuple[str, ...]) -> None:
+def check_environment(config, ours: tuple[str, ...]) -> None:
     """Raise ValueError where a config says something, in fields `ours`, of the robot's tasks, but has an environment of others; or the reverse."""
     said = [f"--{name.replace('_', '-')}" for name in ours if getattr(config, name) != getattr(type(config), name)]
     if config.env.id and said:

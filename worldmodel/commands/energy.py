@@ -184,10 +184,10 @@ def metres(world) -> np.ndarray:
     from envs.base import ACTION_DIMS
     from envs.control import MOVE
 
-    if not hasattr(world.predictor.config, "action_scale") and world.action_dim not in ACTION_DIMS:
+    scale = getattr(world.predictor.config, "action_scale", None)
+    if scale is None and world.action_dim not in ACTION_DIMS:
         raise ValueError(f"the model plans actions of {world.action_dim} numbers, and is of another robot than this project's: where its hand goes is not known")
-
-    return np.array(getattr(world.predictor.config, "action_scale", (MOVE,) * 3)[:3])
+    return np.array((scale or (MOVE,) * 3)[:3])
 
 
 def seen(world, pixels: np.ndarray, states: np.ndarray | None):
@@ -201,7 +201,8 @@ def seen(world, pixels: np.ndarray, states: np.ndarray | None):
     if not config.resize and pixels.shape[1:3] != wanted:
         if config.views > 1:
             raise ValueError(
-                f"the pictures are {pixels.shape[2]} wide and {pixels.shape[1]} high: expected {wanted[1]} and {wanted[0]}, those of {config.views} cameras side by side"
+                f"the pictures are {pixels.shape[2]} wide and {pixels.shape[1]} high: expected {wanted[1]} and {wanted[0]}, those of "
+                f"{config.views} cameras side by side"
             )
         pixels = fitted(torch.from_numpy(pixels), replace(config, resize=config.image_size)).numpy()
     return world.encode({"pixels": pixels} if states is None else {"pixels": pixels, "proprio": states})

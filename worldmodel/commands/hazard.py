@@ -67,7 +67,7 @@ def run(config: Config) -> dict:
         world.hazard, scores = learn_hazard(world.predictor, features, parts, frames, config.seed, config.epochs, look)
         world.predictor.cpu()
         recipe = {"data": data.fingerprint, "encoder": identify(world.encoder), "epochs": config.epochs, "seed": config.seed}
-        earlier = world.about.get("held_out", {})  # of a head that is gone
+        earlier = world.about.get("held_out", {})  # with the scores of the head that this one replaces
         world.about |= {"held_out": {k: v for k, v in earlier.items() if not k.startswith("hazard_")}, "hazard": {"recipe": recipe, "held_out": scores}}
         path = folder / "model.safetensors"
         world.save(path)

@@ -127,7 +127,7 @@ class Player:
         """An agent as the config says, of this player's model, or of what acts for it."""
         config = self.config
         if config.policy == "imitation":
-            return Imitator(world, config.subgoal_steps, config.draw, config.stray)
+            return Imitator(world, config.subgoal_steps, draws=config.draw, stray=config.stray)
         scale = PROPRIO_SCALE
         if config.env.id:  # where nobody has said what counts as much as features do: what the data spreads over
             if not hasattr(self.model, "predictor"):
@@ -203,7 +203,10 @@ def env_config(config, world: nn.Module | None) -> envs.EnvConfig:
         raise ValueError(f"{config.model} looks through {encoder.views} cameras, got {', '.join(config.cameras)}; name as many, --cameras")
     made = replace(made, image_size=encoder.image_size)
     if (planned := getattr(world, "action_dim", made.action_dim)) not in ACTION_DIMS:
-        raise ValueError(f"{config.model} plans actions of {planned} numbers, and is of another robot than this project's: play in its environment, `worldmodel bench --env.id`")
+        raise ValueError(
+            f"{config.model} plans actions of {planned} numbers, and is of another robot than this project's: play in its environment, "
+            "`worldmodel bench --env.id`"
+        )
     if planned != made.action_dim:
         made = replace(made, action_dim=planned)
     return made
