@@ -86,14 +86,14 @@ def _stdout_to_stderr() -> Iterator[None]:
     out, libc = sys.stdout, _libc()
     out.flush()
     kept = os.dup(1)
+    os.dup2(2, 1)
     try:
-        os.dup2(2, 1)
         with contextlib.redirect_stdout(sys.stderr):
             yield
-        out.flush()  # of who kept it from before
+    finally:
+        out.flush()  # what went into it, or into C's, meanwhile
         if libc is not None:
             libc.fflush(None)
-    finally:
         os.dup2(kept, 1)
         os.close(kept)
 
