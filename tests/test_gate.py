@@ -10,6 +10,7 @@ import torch
 from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit, spread
 from planners.interface import Plan, Seen
 from worldmodel import model
+from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.commands import abstention, calibrate, cli
 from worldmodel.commands.actors import RandomGate
 from worldmodel.density import Density
@@ -158,7 +159,7 @@ def without_hazard(path, folder):
     return folder / "plain.safetensors"
 
 
-def test_from_calibrate_to_bench(tmp_path, capsys):
+def test_from_calibrate_to_bench(tmp_path, capsys, caplog):
     for command, extra in (("collect", ()), ("pretrain", ("--data", tmp_path / "collect")),
                            ("train", ("--data", tmp_path / "collect", "--encoder", tmp_path / "pretrain" / "encoder.safetensors"))):  # fmt: skip
         assert call(command, "--preset", "debug", *extra, "--out", tmp_path / command) == 0
@@ -171,7 +172,13 @@ def test_from_calibrate_to_bench(tmp_path, capsys):
     bench = "bench", "--preset", "debug", "--model", trained
     same = "--samples", 8, "--iterations", 3, "--elites", 2, "--max-steps", 3
     assert call(*bench, *same, "--gate", "on", "--calibration", file, "--out", tmp_path / "on") == 0
-    assert "refused" in capsys.readouterr().out
+    assert "refused" in capsys.readouterr().out and "rounds otherwise" not in caplog.text
+    tensors, fields, about = load_tensors(file, "calibration")
+    fields["of"]["imagined_by"] = "another"
+    save_tensors(tmp_path / "elsewhere.safetensors", "calibration", tensors, fields, about)
+    assert call(*bench, *same, "--gate", "on", "--calibration", tmp_path / "elsewhere.safetensors", "--out", tmp_path / "there") == 0
+    capsys.readouterr()
+    assert "tells what another imagined" in caplog.text
     assert call(*bench, *same, "--gate", "random", "--abstain", 1, "--out", tmp_path / "random", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["abstention_rate"] == told["refusal_rate"] == 1.0

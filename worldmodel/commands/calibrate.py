@@ -89,6 +89,7 @@ def run(config: Config) -> dict:
                 f"{played.model} has no hazard head, which tells what may go wrong; `worldmodel train` makes one of data in which each episode says "
                 "what was unsafe"
             )
+        imagined_by = getattr(player.model, "imagined_by", None)
         seeds, first = range(config.seed, config.seed + config.episodes), _first(config.episodes)
         density = Density.fit(torch.cat(_each(_usual, played, None, seeds[:first], "what is usual")))
         episodes = _each(_decisions, played, density, seeds[first:], "limits")
@@ -98,7 +99,7 @@ def run(config: Config) -> dict:
     limits = limits_for(episodes, config.risk, config.alarm)
     about = judged(episodes, limits)
     told = {name: value if np.isfinite(value) else None for name, value in limits.items()}  # JSON lacks infinity
-    fields = {"limits": told, "risk": config.risk, "alarm": config.alarm, "of": calibrated_for(played)}
+    fields = {"limits": told, "risk": config.risk, "alarm": config.alarm, "of": calibrated_for(played) | {"imagined_by": imagined_by}}
     save_tensors(config.out, "calibration", {"mean": density.mean, "std": density.std}, fields, about)
     return {"out": str(config.out), "limits": limits, "risk": config.risk, "alarm": config.alarm, **about}
 

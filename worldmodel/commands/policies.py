@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -38,6 +39,7 @@ from worldmodel.hub import load_encoder
 from worldmodel.interface import WorldModel
 
 SCRIPTED = ("expert", "random", "nothing")
+log = logging.getLogger(__name__)
 NOT_JUDGED = (  # what a calibration does not depend on
     "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite", "draw",
 )  # fmt: skip
@@ -157,7 +159,7 @@ class Player:
         config = self.config
         if config.gate != "on":
             return OpenGate()
-        limits, density = limits_of(config.calibration, config)
+        limits, density = limits_of(config.calibration, config, getattr(self.model, "imagined_by", None))
         return self.gate_of(limits, density)
 
     def gate_of(self, limits: Limits, density: Density | None = None) -> SafetyGate:
@@ -219,12 +221,17 @@ def calibrated_for(config) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def limits_of(path: Path, config) -> tuple[Limits, Density]:
-    """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's."""
+def limits_of(path: Path, config, imagined_by: str | None) -> tuple[Limits, Density]:
+    """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's.
+
+    Warns where another library imagined: the numbers are the same but for rounding, which a limit may lie between.
+    """
     found, here = load_calibration(path), calibrated_for(config)
     others = [f"{name} {found.of.get(name)} instead of {here[name]}" for name in here if found.of.get(name) != here[name]]
     if others:
         raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate with the same flags: `worldmodel calibrate`")
+    if (theirs := found.of.get("imagined_by", imagined_by)) != imagined_by:
+        log.warning("%s tells what %s imagined, and here %s does, which rounds otherwise: to be sure, calibrate here", path, theirs, imagined_by)
     return Limits(**found.limits), found.usual
 
 
