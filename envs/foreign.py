@@ -106,11 +106,11 @@ def _events(told: Any, who: str) -> dict[str, float]:
     """What went wrong, by name. Raises ValueError where it is something else."""
     try:
         events = {str(event): float(value) for event, value in told.items()}
+        if all(map(np.isfinite, events.values())):
+            return events
     except (AttributeError, TypeError, ValueError):
-        events = {"": np.nan}
-    if not np.isfinite(list(events.values())).all():
-        raise ValueError(f"{who} {told!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
-    return events
+        pass
+    raise ValueError(f"{who} {told!r}: expected events with their values, as in {{'collision': 12.0}}; {{}} where there are none")
 
 
 def _own_events(info: Mapping[str, Any]) -> dict[str, float]:

@@ -185,7 +185,11 @@ def _draw_rates(config: Config) -> list[np.ndarray]:
     if not found:
         raise ValueError(f"no results.json under {config.path} tells of episodes; make one with `worldmodel bench`")
     results = list(found.values())
-    figure = Figure((9, 1.2 + 0.5 * len(results)), layout="constrained")
+    told = ({**r["config"], **r["summary"]} for r in results)  # a summary knows an environment of others by its name
+    played = [", ".join(filter(None, (about.get(key) for key in ("task", "object", "policy")))) for about in told]
+    names = [what if name == "." else f"{name}\n{what}" for name, what in zip(found, played)]
+    longest = max(len(line) for name in names for line in name.splitlines() or [""])
+    figure = Figure((8 + 0.07 * longest, 1.2 + 0.5 * len(results)), layout="constrained")
     axes = figure.subplots()
     for row, result in enumerate(results):
         summary, low_high = result["summary"], result["summary"]["success_ci95"]
@@ -194,10 +198,7 @@ def _draw_rates(config: Config) -> list[np.ndarray]:
         axes.errorbar(rate, row, xerr=[[max(0.0, rate - low_high[0])], [max(0.0, low_high[1] - rate)]], color="black", capsize=3)
         text = f"{rate:.0%}  [{low_high[0]:.0%}, {low_high[1]:.0%}] of {len(result['episodes'])}, unsafe {summary['unsafe_rate']:.0%}"
         axes.text(1.02, row, text, va="center", fontsize=9)
-    told = ({**r["config"], **r["summary"]} for r in results)  # a summary knows an environment of others by its name
-    played = [", ".join(filter(None, (about.get(key) for key in ("task", "object", "policy")))) for about in told]
-    names = [what if name == "." else f"{name}: {what}" for name, what in zip(found, played)]
-    axes.set_yticks(range(len(results)), names, fontsize=9)
+    axes.set_yticks(range(len(results)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("success rate, with its 95 % interval (Wilson)", fontsize=9)
