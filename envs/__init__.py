@@ -59,7 +59,7 @@ def _make_registered(
 
 
 def register() -> None:
-    """Tell Gymnasium the ids; also the target of the entry point `gymnasium.envs`. Calling it again changes nothing."""
+    """Tell Gymnasium the ids, as importing this package does. Calling it again changes nothing."""
     for name, task in _IDS.items():
         if name not in gym.registry:
             gym.register(name, entry_point="envs:_make_registered", kwargs={"task": task})

@@ -129,6 +129,28 @@ def check(config: EnvConfig) -> None:
         other.close()
 
 
+def _check_seen(seen: Any, what: str, like: Mapping[str, Any] | None = None, feels: bool = True) -> None:
+    """An observation, or a goal, which need not have proprio; of the shapes of another one."""
+    assert isinstance(seen, Mapping) and "pixels" in seen, f"the {what} has no 'pixels'; expected a dict of pixels and proprio"
+    pixels = np.asarray(seen["pixels"])
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (
+        f"pixels of the {what} are {pixels.dtype} {list(pixels.shape)}: expected uint8 [h, w, 3]"
+    )
+    if feels:
+        assert "proprio" in seen and np.ndim(seen["proprio"]) == 1, f"the {what} has no 'proprio' [S]; give zeros [1] where there is none"
+    for key in ("pixels", "proprio"):
+        if like is not None and key in seen:
+            own, others = np.shape(seen[key]), np.shape(like[key])
+            assert own == others, f"{key} of the {what} is {list(own)}: expected {list(others)}, as of the first observation"
+
+
+def _check_told(info: Any) -> None:
+    """What every info says."""
+    assert isinstance(info, Mapping), f"info is {type(info).__name__}: expected a dict"
+    for key, kind in (("success", bool), ("unsafe", Mapping), ("cost", float), ("subgoals", Sequence)):
+        assert isinstance(info.get(key), kind), f"info[{key!r}] is {info.get(key)!r}: expected {kind.__name__}"
+
+
 def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5, simulated: bool = True) -> None:
     """What the agent and the benchmark need of anyone's environment: see `envs.adapt`, which makes one so.
 
@@ -138,29 +160,33 @@ def check_goal_env(env: gym.Env, seed: int = 0, steps: int = 5, simulated: bool 
     box = env.action_space
     assert isinstance(box, gym.spaces.Box) and len(box.shape) == 1, f"action_space is {box}: expected a Box [A]; use envs.adapt"
     assert (box.low == -1).all() and (box.high == 1).all(), f"actions are in {box.low}..{box.high}: expected -1..1; use envs.adapt"
-    obs, info = env.reset(seed=seed)
-    for what, seen in (("observation", obs), ("info['goal']", info.get("goal"))):
-        assert isinstance(seen, Mapping) and "pixels" in seen, f"the {what} has no 'pixels'; expected a dict of pixels and proprio"
-        pixels = np.asarray(seen["pixels"])
-        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (
-            f"pixels of the {what} are {pixels.dtype} {list(pixels.shape)}: expected uint8 [h, w, 3]"
-        )
-    shapes = np.shape(obs["pixels"]), np.shape(info["goal"]["pixels"])
-    assert shapes[0] == shapes[1], f"pictures of observation and goal are {shapes[0]} and {shapes[1]}: expected the same"
-    assert "proprio" in obs and np.ndim(obs["proprio"]) == 1, "the observation has no 'proprio' [S]; give zeros [1] where there is none"
-    for key, kind in (("success", bool), ("unsafe", Mapping), ("cost", float), ("subgoals", Sequence)):
-        assert isinstance(info.get(key), kind), f"info[{key!r}] is {info.get(key)!r}: expected {kind.__name__}"
+    began = env.reset(seed=seed)
+    assert isinstance(began, tuple) and len(began) == 2, f"reset(...) returned {type(began).__name__}: expected observation and info"
+    obs, info = began
+    _check_seen(obs, "observation")
+    _check_told(info)
+    assert info["subgoals"], "info['subgoals'] is empty: expected at least the goal"
+    for what, goal in (("info['goal']", info.get("goal")), *((f"info['subgoals'][{i}]", one) for i, one in enumerate(info["subgoals"]))):
+        _check_seen(goal, what, obs, feels=False)
     assert not info["success"], "the start counts as success; draw goals that are further away"
+
+    def step(action: np.ndarray) -> Mapping[str, np.ndarray]:
+        after = env.step(action)
+        assert isinstance(after, tuple) and len(after) == 5, (
+            f"step(...) returned {len(after) if isinstance(after, tuple) else type(after).__name__}: expected observation, reward, terminated, truncated, info"
+        )
+        _check_seen(after[0], "observation after a step", obs)
+        _check_told(after[4])
+        return after[0]
+
     if not simulated:
         for _ in range(steps):
-            held = env.step(np.zeros(box.shape, np.float32))[0]
-            for key in ("pixels", "proprio"):
-                assert np.shape(held[key]) == np.shape(obs[key]), f"{key} is {np.shape(held[key])} after a step, {np.shape(obs[key])} before"
+            step(np.zeros(box.shape, np.float32))
         return
     actions = np.random.default_rng(seed).uniform(-1, 1, (steps, *box.shape)).astype(np.float32)
-    first = [obs, *(env.step(action)[0] for action in actions)]
+    first = [obs, *(step(action) for action in actions)]
     again, info2 = env.reset(seed=seed)
     _same(info2["goal"], dict(info["goal"]), "reset with the same seed gives another goal: ")
-    for i, seen in enumerate([again, *(env.step(action)[0] for action in actions)]):
+    for i, seen in enumerate([again, *(step(action) for action in actions)]):
         _same(seen, first[i], f"the same seed and actions give another observation {i}: ")
     assert difference(first[0]["pixels"], first[-1]["pixels"]) is not None, "actions change no pixel; is anything rendered?"

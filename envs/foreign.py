@@ -1,7 +1,7 @@
 """Anyone's Gymnasium environment with pixels, made like ours.
 
 Observations become {"pixels", "proprio"}, actions [-1, 1], and `info` gets `goal`, `subgoals`, `success`, `unsafe` and `cost`.
-A goal is what the environment, or the user, says it is; without, a place that random actions lead to from the very start of
+A goal is what the user, or the environment in its info or observation, says it is; without, a place that random actions lead to from the very start of
 the episode, so that it can be reached.
 """
 
@@ -19,6 +19,7 @@ from envs.peers import READY, Ready
 
 _PIXELS, _PROPRIO = ("pixels", "image", "rgb"), ("proprio", "observation", "state", "agent_pos")  # keys of a dict, by turns
 _SUCCESS = ("success", "is_success")  # what an environment may call it in info
+_GOALS = ("goal", "goal_image", "goal_pixels", "desired_goal")  # what it may call a picture of its goal, in info or a dict of observations
 _IN_ADAPT = ", in envs.adapt; for the command line in a module of yours, that --env.id module:Name-v0 names"
 _TRIES = 20  # goals that are drawn until one is far enough
 
@@ -163,7 +164,8 @@ def adapt(
     nothing, which ours of 0 becomes, the bounds being -1 and 1 as ever (default: the middle of its bounds). **An agent that holds, and a
     gate that refuses, send 0**: where no one action stays, as with targets of joints, wrap the environment so that one does. goal: an
     observation {"pixels"[, "proprio"]}, or a function of env, observation and info after a reset that returns one, or a list
-    of sub-goals that ends with it (default: where random actions lead, which every reset plays: never so on a real robot).
+    of sub-goals that ends with it (default: a picture, or {"pixels": picture}, under goal, goal_image, goal_pixels or desired_goal in info or
+    a dict of observations; else where random actions lead, which every reset plays: never so on a real robot).
     success: of observation, goal and info (default: config.tolerance, else what its info tells). unsafe: of its observation and info,
     events with their measured values (default: what info["unsafe"] says, values that are not 0, or a flag); `cost` counts them. An episode ends where the
     environment ends it, at max_steps, and with `stop_on_success` at success. Without `goals`, goals are left out: for
@@ -204,13 +206,14 @@ class Adapted(gym.Env):
                 f"the action space is {space}: expected a Box [A]; wrap the environment so that its actions are continuous"
             )
         if not np.isfinite([space.low, space.high]).all():
-            raise ValueError(f"the action space {space} has no bounds; wrap the environment in gymnasium.wrappers.RescaleAction or clip it")
+            raise ValueError(f"the action space {space} has no bounds; say which they are: gymnasium.wrappers.TransformAction(env, lambda a: a, Box(low, high, {list(space.shape)}))")
         self._low, self._high = space.low.astype(np.float64), space.high.astype(np.float64)
         if told.still is not None and (told.still.shape != space.shape or not ((self._low <= told.still) & (told.still <= self._high)).all()):
             raise ValueError(f"still is {told.still}: expected an action of {space}")
         self.action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
         self._draw_here()
-        first, _ = env.reset(seed=0)
+        first, info = env.reset(seed=0)
+        self._shows = goals and told.goal is None and _shown_goal(first, info) is not None
         seen = self._observe(first)
         self.observation_space = gym.spaces.Dict(
             {
@@ -221,7 +224,7 @@ class Adapted(gym.Env):
         size = len(seen["proprio"])
         if max(config.judged, default=0) >= size:
             raise ValueError(f"judged is {config.judged}, expected indices into proprio, which has {size} entries")
-        drawn = told.goal is None and goals
+        drawn = told.goal is None and goals and not self._shows
         if drawn and told.success is None and not config.tolerance:
             raise ValueError(
                 "the goal is where random actions lead, and nothing tells when it is reached: give a tolerance, or success and goal"
@@ -243,11 +246,11 @@ class Adapted(gym.Env):
         super().reset(seed=seed)
         self._draw_here()
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        goal = self._told.goal
+        goal = _shown_goal if self._shows else self._told.goal
         self._subgoals = [self._draw_goal(seed, options)] if self._goals and goal is None else []
         obs, info = self.env.reset(seed=seed, options=options)
         if self._goals and goal is not None:
-            made = goal(self.env, obs, info) if callable(goal) else goal
+            made = goal(obs, info) if self._shows else goal(self.env, obs, info) if callable(goal) else goal
             self._subgoals = [self._as_goal(one) for one in (made if isinstance(made, (list, tuple)) else [made])]
             if not self._subgoals:
                 raise ValueError("the goal is an empty list: expected an observation, or sub-goals of which the last is the goal")
@@ -294,6 +297,10 @@ class Adapted(gym.Env):
 
     def close(self) -> None:
         """Close the environment."""
+        self._draw_here()  # a canvas that is freed later, while another one is drawn on, takes that one's pictures with it
+        canvas = getattr(getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None), "con", None)
+        if hasattr(canvas, "free"):
+            canvas.free()
         self.env.close()
 
     def distance(self, seen: Obs, goal: Obs) -> float:
@@ -454,6 +461,18 @@ class Adapted(gym.Env):
         picture = picture[top : top + side, left : left + side]
         size = (self.image_size, self.image_size)
         return picture.copy() if side == self.image_size else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def _shown_goal(obs: Any, info: Mapping[str, Any]) -> Obs | None:
+    """The picture of a goal that an environment itself shows, as an observation; None where it shows none."""
+    for told in (info, obs if isinstance(obs, Mapping) else {}):
+        for name in _GOALS:
+            goal = told.get(name)
+            if isinstance(goal, Mapping) and "pixels" in goal:
+                return goal
+            if not isinstance(goal, Mapping) and np.ndim(goal) == 3:
+                return {"pixels": goal}
+    return None
 
 
 def _succeeds(info: Mapping[str, Any]) -> bool:

@@ -250,6 +250,36 @@ def test_each_environment_draws_on_its_own_canvas():
     env.close()
 
 
+def test_an_environment_that_is_closed_takes_no_others_pictures_with_it():
+    pytest.importorskip("imageio", reason="gymnasium's MuJoCo renderer needs the extra peers")
+    for _ in range(3):
+        env = make(Foreign("Reacher-v5", frame_skip=2, proprio=(0, 1, 2, 3), tolerance=0.1, least=0.1), 48, 5)
+        assert env.reset(seed=3)[0]["pixels"].std() > 3
+        env.close()
+
+
+@pytest.mark.parametrize("where", ["info", "observation"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_goal_that_an_environment_shows_is_the_goal(where, whole):
+    picture = np.full((30, 40, 3), 9, np.uint8)
+
+    class Shows(Dot):
+        def reset(self, **kwargs):
+            obs, info = super().reset(**kwargs)
+            shown = {"goal": {"pixels": picture} if whole else picture}
+            return (obs, shown) if where == "info" else ({"state": obs, **shown}, info)
+
+        def step(self, action):
+            obs, *others = super().step(action)
+            return (obs if where == "info" else {"state": obs, "goal": picture}), *others
+
+    env = envs.adapt(Shows(), Foreign(), image_size=20, pixels=lambda obs: picture + 1, success=lambda obs, goal, info: False)
+    for seed in range(2):
+        info = env.reset(seed=seed)[1]
+        assert info["goal"]["pixels"].shape == (20, 20, 3) and (info["goal"]["pixels"] == 9).all() and len(info["subgoals"]) == 1
+    assert (env.step(np.zeros(2))[-1]["goal"]["pixels"] == 9).all()
+
+
 @pytest.mark.parametrize("style", ["float", "first"])
 def test_pictures_are_converted(style):
     plain, other = (envs.adapt(Dot(style=s), CONFIG, image_size=40) for s in ("uint8", style))
@@ -264,7 +294,7 @@ def test_pictures_are_converted(style):
         (lambda: Dot(style="nan"), "uint8 in 0..255 or float in 0..1, got float64 in nan..nan"),
         (lambda: Dot(style="wide"), "uint8 in 0..255 or float in 0..1, got float64"),
         (lambda: Dot(space=gym.spaces.Discrete(3)), "expected a Box"),
-        (lambda: Dot(space=gym.spaces.Box(-np.inf, np.inf, (2,))), "has no bounds"),
+        (lambda: Dot(space=gym.spaces.Box(-np.inf, np.inf, (2,))), "has no bounds; say which.*TransformAction"),
     ],
 )
 def test_what_does_not_fit_is_refused(make_env, message):
@@ -294,6 +324,27 @@ def test_configs_that_do_not_fit_are_refused():
 def test_the_check_tells_what_is_missing():
     with pytest.raises(AssertionError, match="expected -1..1; use envs.adapt"):
         check_goal_env(Dot())
+
+    class Broken(gym.Wrapper):
+        def __init__(self, change):
+            super().__init__(envs.adapt(Dot(), CONFIG, image_size=20))
+            self.change = change
+
+        def step(self, action):
+            return self.change(*self.env.step(action))
+
+    for change, told in (
+        (lambda obs, reward, ends, stops, info: (obs, reward, ends, stops, {}), r"info\['success'\] is None: expected bool"),
+        (lambda obs, reward, ends, stops, info: (obs, reward, ends, info), r"step\(...\) returned 4"),
+        (lambda obs, *others: (obs | {"pixels": obs["pixels"] / 255}, *others), "pixels of the observation after a step are float64"),
+        (lambda obs, *others: (obs | {"proprio": obs["proprio"][:1]}, *others), r"proprio of the observation after a step is \[1\]"),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match=told):
+            check_goal_env(Broken(change))
+    bare = gym.Wrapper(envs.adapt(Dot(), CONFIG, image_size=20))
+    bare.reset = lambda seed: bare.env.reset(seed=seed)[0]
+    with pytest.raises(AssertionError, match=r"reset\(...\) returned dict"):
+        check_goal_env(bare)
 
 
 def test_from_collect_to_bench(tmp_path, capsys):
