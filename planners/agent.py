@@ -152,7 +152,7 @@ class Agent:
         `last` tells how it came about. A robot that does not wait says what `ran` since the last observation, where that is
         not what was answered then, and which actions, each [A], are `under_way`, to end before this one begins: it is planned
         for where they will have led. Raises RuntimeError before `reset`, ValueError for an observation of another shape
-        than the goal or with NaN, and where nothing that the model imagines has a finite energy.
+        than the goal or with NaN, and where nothing that the model imagines has a finite energy, and no gate refuses it.
         """
         start = time.perf_counter()
         under_way = [self._action(action, "action under way") for action in under_way]
@@ -221,7 +221,7 @@ class Agent:
     def _seen(self, context: Context) -> Seen:
         """What the gate may know besides the plan."""
         past = self._past
-        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, context, past.views)
+        return Seen(past.now, self._pursued[self._course.subgoal], past.pixels, self._expected, past.still, context, past.views, past.unlike)
 
     def _pursue(self, goals: list[Features], known: list[bool], off: Tensor | None) -> None:
         """Pursue goals, of which some have proprioception that was only read off a picture, and is mended here.
@@ -249,7 +249,7 @@ class Agent:
         config, generator = self.config, self._generator
         detour = self._detour(context, horizon) if self._wary else None
         suggested = detour or self._way("suggest", context, horizon)
-        cost = self._cost(context, horizon, suggested, config.risk_weight)
+        cost = self._cost(context, horizon, suggested, config.risk_weight, config.samples_z)
 
         def as_told(actions: Tensor) -> Plan:
             """A plan of actions [A] or [1, H, A] as they are."""
@@ -259,10 +259,12 @@ class Agent:
         start = self._warm_start(suggested, horizon)
         planner = getattr(self.planner, "eager", self.planner) if self._course.stuck else self.planner
         plan = planner.plan(cost, start, generator) if detour is None else as_told(detour.actions[None])
-        if not (torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all()):
-            raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
+        sound = bool(torch.isfinite(plan.actions).all() and torch.isfinite(plan.cost).all())
+        plan = plan if sound else as_told(torch.from_numpy(self.fallback))
         self._age = 0
         decision = self._judged(plan, context, observed, "plan")
+        if not sound and decision.verdict.go:
+            raise ValueError(f"the best plan costs {plan.cost.tolist()}: expected a number; the model imagines NaN or infinity")
         asked = _told(plan.actions[0])[0], decision.verdict
         if not self._wary and decision.verdict.worries(config.worry):
             detour = self._detour(context, horizon)
@@ -273,7 +275,8 @@ class Agent:
                     decision, plan = safer, safer.plan
         if not decision.verdict.go and detour is None and self.hazard is not None:
             planner = getattr(self.planner, "cautious", self.planner)
-            cautious = planner.plan(self._cost(context, horizon, suggested, config.caution), start, generator)
+            samples = max(config.samples_z, config.looks if config.looks > 1 else 0)  # the worse half of the futures counts
+            cautious = planner.plan(self._cost(context, horizon, suggested, config.caution, samples), start, generator)
             decision = self._judged(cautious, context, observed, "cautious plan")
 
         gripper = list(getattr(self.planner, "choices", ()))
@@ -302,13 +305,13 @@ class Agent:
         way = self._way("detour", context, horizon)
         return None if way is None or bool((way.actions[0].abs() < IDLE).all()) else way
 
-    def _cost(self, context: Context, horizon: int, suggested: Suggestion | None, risk_weight: float) -> Cost:
+    def _cost(self, context: Context, horizon: int, suggested: Suggestion | None, risk_weight: float, samples_z: int) -> Cost:
         """Of plans to the sub-goal, or to what lies on the way to it."""
         config, energy = self.config, self._energies[self._course.subgoal]
         if suggested is not None:
             energy = self.energy(_with_axes(suggested.waypoint, 1))
         return imagine(
-            self.model, context, energy, horizon, self._generator, config.samples_z, config.chunk, self.hazard, risk_weight
+            self.model, context, energy, horizon, self._generator, samples_z, config.chunk, self.hazard, risk_weight
         )
 
     def _judged(self, plan: Plan, context: Context, observed: float, answer: str) -> Decision:

@@ -31,7 +31,11 @@ def check_planner(planner: Planner, action_dim: int = 4, horizon: int = 3, probl
     plan = planner.plan(cost, warm, torch.Generator().manual_seed(0))
     assert isinstance(plan, Plan), f"plan(...) returned {type(plan).__name__}: expected planners.interface.Plan"
     shape = (problems, horizon, action_dim)
+    for name in ("actions", "cost", "elite_std"):
+        assert isinstance(getattr(plan, name), Tensor), f"{name} is {type(getattr(plan, name)).__name__}: expected a torch.Tensor"
     assert plan.actions.shape == shape, f"actions are {list(plan.actions.shape)}: expected [B, H, A] = {list(shape)}"
+    assert (warm == 0).all(), "plan(...) changed the warm start; work on a copy"
+    assert plan.elite_std.shape == shape, f"elite_std is {list(plan.elite_std.shape)}: expected [B, H, A] = {list(shape)}"
     assert torch.isfinite(plan.actions).all() and plan.actions.abs().max() <= 1, "actions leave [-1, 1], or are not finite; clamp them"
     assert plan.cost.shape == (problems,), f"cost is {list(plan.cost.shape)}: expected [B] = [{problems}]"
     again = cost(plan.actions[:, None])[:, 0]
@@ -69,5 +73,7 @@ def check_gate(gate: Gate, futures: int = 4, horizon: int = 2, patches: int = 6,
     assert gate.judge(plan, imagined, seen) == verdict, "the same plan gets another verdict; keep nothing between calls"
     broken = Features(torch.full_like(imagined.patches, torch.nan), imagined.proprio)
     assert not gate.judge(plan, broken, seen).go, "futures of NaN were let go; refuse what is not finite"
+    mad = replace(plan, actions=torch.full_like(plan.actions, torch.nan))
+    assert not gate.judge(mad, imagined, seen).go, "actions of NaN were let go; refuse what is not finite"
     blind = replace(seen, now=Features(torch.full_like(now.patches, torch.inf), now.proprio))
     assert not gate.judge(plan, imagined, blind).go, "an observation of infinity was let go; refuse what is not finite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 SUBGOAL_STEPS = {3: (4, 10, 4)}  # V-JEPA 2-AC: grasped, near the target, placed (arXiv 2506.09985, section 4.2)
 OTHER_STEPS = 8  # for each sub-goal of any other number of them
@@ -62,7 +63,9 @@ class Course:
         moved: whether something has run since the last time.
         """
         observed, config = energy_to(self.subgoal), self.config
-        if not moved:
+        if not isfinite(observed):  # nothing is learned from that
+            return observed
+        if not moved and self._trail:
             self._trail.pop()
         self._trail.append(observed)
         self._highest = max(self._highest, observed)

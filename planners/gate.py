@@ -1,11 +1,12 @@
 """The safety gate: lets a plan run where what is known of it stays within calibrated limits, and says why where not.
 
-Four signals, each against its own limit; the verdict's score is the largest share of a limit, so its own limit is 1.
+Five signals, each against its own limit; the verdict's score is the largest share of a limit, so its own limit is 1.
 
     hazard     how likely the step that would run is to go wrong, at most over the sampled futures
     doubt      how far the sampled futures lie apart: what z leaves open
     surprise   how far the last picture was from the nearest future that had been imagined of it
     novelty    how unlike what the limits come from the last picture is, and the goal's: z says nothing of what was never seen
+    mismatch   how far the robot feels itself from where the last picture shows it: an old picture, or a camera that was moved
 
 Some things are refused whatever the limits are: numbers that are not finite, a picture that shows nothing, a camera that
 stands still while the robot moves, sampled futures that do not differ although they should.
@@ -30,6 +31,7 @@ WORDS = {
     "doubt": "the imagined futures lie far apart",
     "surprise": "the last step came out unlike anything that was imagined of it",
     "novelty": "the picture is unlike any that the limits come from",
+    "mismatch": "the picture does not show the robot where it feels itself: it is old, or its camera has moved",
     "goal_novelty": "the goal's picture is unlike any that the limits come from",
 }
 
@@ -42,6 +44,7 @@ class Limits:
     doubt: float = inf
     surprise: float = inf
     novelty: float = inf
+    mismatch: float = inf  # in the units of proprioception
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -85,7 +88,8 @@ class SafetyGate:
         futures = imagined.map(lambda x: x[None, None, :, run])
         novelty = self.novelty or (lambda patches: torch.zeros(()))
         values = {"hazard": 0.0, "doubt": spread(imagined.patches[:, run]), "surprise": 0.0,
-                  "novelty": float(novelty(seen.now.patches)), "goal_novelty": float(novelty(seen.goal.patches))}  # fmt: skip
+                  "novelty": float(novelty(seen.now.patches)), "goal_novelty": float(novelty(seen.goal.patches)),
+                  "mismatch": 0.0 if seen.off is None else float(seen.off.abs().max())}  # fmt: skip
         if self.hazard is not None:
             context = seen.context or Context(seen.now.map(lambda x: x[None, None]), plan.actions[:, :0])
             values["hazard"] = float(self.hazard(context, futures, plan.actions[:, None, run]).max())

@@ -77,6 +77,7 @@ class Seen:
     still: int = 0  # how many pictures before the last one were the same to the bit, of one camera, although the robot was told to move
     context: Context | None = None  # the past that the plan was made for; None: all that is known of it is `now`
     views: int = 1  # cameras side by side in `pixels` that the model looks through
+    off: Tensor | None = None  # proprioception [S] less what the model reads of it off the last picture; None: it reads none
 
 
 def by_camera(pixels: np.ndarray, views: int) -> list[np.ndarray]:

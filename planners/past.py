@@ -19,12 +19,13 @@ MOVES = 0.1  # of an action: a robot that is told more shows in a picture
 class Past:
     """The last pictures of an episode as features, and what ran between them.
 
-    `now` are the last one's features, `pixels` itself; `still` counts pictures that stayed the same to the bit, of one of its
+    `now` are the last one's features, `pixels` itself, `unlike` its proprioception [S] less what the model reads off it; `still` counts pictures that stayed the same to the bit, of one of its
     `views`, although the robot was told to move. `readings` is how many of the last pictures tell what `model.read` is off.
     """
 
     now: Features
     pixels: np.ndarray | None = None
+    unlike: Tensor | None = None
 
     def __init__(self, model: WorldModel, readings: int) -> None:
         self._model, self._readings = model, readings
@@ -45,10 +46,10 @@ class Past:
                 self._held = held_after(self._held, before[None], self._actions[-1][None].to(before))
         self.now = self._model.encode(obs)
         self._features.append(self.now)
-        if self._readings and "proprio" in obs and hasattr(self._model, "read"):
-            read = self._model.read(self.now.patches)
-            if read is not None:
-                self._off.append(self.now.proprio - read)
+        read = self._model.read(self.now.patches) if "proprio" in obs and hasattr(self._model, "read") else None
+        self.unlike = None if read is None else self.now.proprio - read
+        if self._readings and self.unlike is not None and torch.isfinite(self.unlike).all():
+            self._off.append(self.unlike)
 
     @property
     def still(self) -> int:

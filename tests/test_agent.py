@@ -496,6 +496,36 @@ def test_a_plan_that_may_run_is_not_given_up_for_a_detour_that_may_not():
     assert go(agent_of(Detouring(), gate=Straight()), Plane(), 1, FAR)[0].answer == "plan"
 
 
+def test_where_the_model_breaks_a_gate_holds_and_goes_on_after():
+    class Breaking(PlaneModel):
+        def encode(self, obs):
+            seen = super().encode(obs)
+            return seen if len(answers) != 2 else seen._replace(patches=seen.patches * torch.nan)
+
+    answers = []
+    agent, world = agent_of(Breaking(), AgentConfig(), gate=SafetyGate(Limits(), sampled=False)), Plane()
+    agent.reset(FAR)
+    obs = picture(world.position)
+    for _ in range(8):
+        action = agent.act(obs)
+        answers.append((agent.last.answer, agent.last.verdict.why))
+        assert np.isfinite(action).all() and (answers[-1][0] == "plan" or not action.any())
+        obs = world.step(action)
+    names = [answer for answer, _ in answers]
+    assert names[:3] == ["plan", "plan", "hold"] and "NaN or infinity" in answers[2][1] and names[-1] == "plan"
+    with pytest.raises(ValueError, match="imagines NaN or infinity"):
+        go(agent_of(PlaneModel(broken=True)), Plane(), 1, FAR)  # nobody refuses it
+    held = go(agent_of(PlaneModel(broken=True), gate=SafetyGate(Limits(), sampled=False)), Plane(), 2, FAR)
+    assert [decision.answer for decision in held] == ["hold"] * 2
+
+
+def test_a_cautious_plan_looks_at_several_futures():
+    model = PlaneModel(push=0.05)
+    refuses = type("Refuses", (), {"judge": lambda self, plan, imagined, seen: Verdict(False, 1.0, 0.0, "no")})()
+    go(agent_of(model, AgentConfig(looks=4), gate=refuses, hazard=lambda _, imagined, __: torch.zeros(*imagined.patches.shape[:4])), Plane(), 1, FAR)
+    assert model.widest == 64 * 4  # candidates and futures
+
+
 def test_a_rehearsal_asks_for_what_an_episode_does_and_leaves_that_as_it_is():
     class Watched(Detouring):
         def detour(self, now, goals, horizon):  # stays where it is at the goal

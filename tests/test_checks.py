@@ -46,6 +46,13 @@ def test_a_planner_that_is_broken_is_told_so():
     for broken, words in ((Wild(), "clamp them"), (Liar(), "return what would run"), (SimpleNamespace(plan=lambda *a: None), "NoneType")):
         with pytest.raises(AssertionError, match=words):
             check_planner(broken)
+
+    class Narrow:
+        def plan(self, cost, warm, generator):
+            return Plan(warm, cost(warm[:, None])[:, 0], warm[:, 0])
+
+    with pytest.raises(AssertionError, match="elite_std is"):
+        check_planner(Narrow())
     with torch.random.fork_rng(), pytest.raises(AssertionError):
         check_planner(Random())
 
@@ -56,6 +63,9 @@ def test_a_gate_that_is_broken_is_told_so():
     mute = SimpleNamespace(judge=lambda plan, imagined, seen: Verdict(True, 0.0, 1.0, ""))
     with pytest.raises(AssertionError, match="why is empty"):
         check_gate(mute)
+    careless = SimpleNamespace(judge=lambda plan, imagined, seen: Verdict(bool(torch.isfinite(imagined.patches).all()), 0.0, 0.0, "because"))
+    with pytest.raises(AssertionError, match="actions of NaN were let go|score"):
+        check_gate(careless)
     odd = SimpleNamespace(judge=lambda plan, imagined, seen: Verdict(True, 2.0, 1.0, "because"))
     with pytest.raises(AssertionError, match="score 2.0 and limit 1.0"):
         check_gate(odd)
@@ -70,7 +80,7 @@ def test_a_model_that_is_broken_is_told_so():
             return Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), None if proprio is None else torch.as_tensor(proprio))
 
         def sample_z(self, shape, generator):
-            return torch.randn(*shape, 1, generator=generator)
+            return torch.zeros(*shape, 1) if generator is None else torch.randn(*shape, 1, generator=generator)
 
         def rollout(self, context, actions, z):
             b, n, h, _ = actions.shape
@@ -79,6 +89,20 @@ def test_a_model_that_is_broken_is_told_so():
 
     with pytest.raises(AssertionError, match="depends on a later action"):
         check_world_model(Model(), OBS)
+    moody, rash, single = Model(), Model(), Model()
+    moody.sample_z = lambda shape, generator: torch.randn(*shape, 1, generator=generator)
+    with torch.random.fork_rng(), pytest.raises(AssertionError, match="without a generator differs"):
+        check_world_model(moody, OBS)
+    still = lambda context, actions, z: context.features.patches[:, :, None, None].expand(-1, actions.shape[1], z.shape[2], actions.shape[2], -1, -1)  # noqa: E731
+    rash.rollout = lambda context, actions, z: Features(still(context, actions.zero_(), z))
+    with pytest.raises(AssertionError, match="changed the actions"):
+        check_world_model(rash, OBS)
+    single.rollout = lambda context, actions, z: Features(still(context, actions, z) + actions[0, 0, 0, 0])
+    with pytest.raises(AssertionError, match="depends on the plans beside it"):
+        check_world_model(single, OBS)
+    single.rollout = lambda context, actions, z: Features(still(context, actions, z) + actions[:1].sum() * (len(actions) > 1))
+    with pytest.raises(AssertionError, match="depend on the problem beside it"):
+        check_world_model(single, OBS)
     needy = Model()
     needy.encode = lambda obs: Features(torch.ones(np.shape(obs["pixels"])[:-3] + (5, 6)), torch.as_tensor(obs["proprio"]))
     with pytest.raises(AssertionError, match="goals may be pictures alone"):

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import envs
+from envs.experts import make_policy
+from envs.run import rollout
 from planners.gate import Limits, SafetyGate, conformal_limit, controlled_limit, spread
 from planners.interface import Plan, Seen
+from planners.past import Past
 from worldmodel import model
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.commands import abstention, calibrate, cli
@@ -48,6 +52,7 @@ def test_what_is_in_order_goes():
         ({"pixels": np.concatenate((PICTURE, np.full((8, 8, 3), 90, np.uint8)), 1), "views": 2}, "a camera shows nothing"),
         ({"still": 2}, "stands still: the last 3 pictures"),
         ({"imagined": futures(apart=0.0)}, "z has no effect"),
+        ({"gate": SafetyGate(Limits(mismatch=0.05)), "off": torch.tensor([0.0, math.nan])}, "mismatch is not a finite number"),
         ({"gate": SafetyGate(Limits(novelty=1.0), novelty=lambda patches: torch.tensor(math.nan))}, "novelty is not a finite number"),
     ],
 )
@@ -81,6 +86,9 @@ def test_each_signal_has_its_own_limit_and_is_named():
                               ("novelty", 5.0, "the goal's picture")):  # fmt: skip
         verdict = judged(SafetyGate(Limits(**{name: limit}), hazard, novelty), futures(k=2), goal=Features(3 * torch.ones(3, 5)), expected=expected)
         assert not verdict.go and word in verdict.why and verdict.score > 1
+    late = judged(SafetyGate(Limits(mismatch=0.05)), off=torch.tensor([0.01, -0.06]))
+    assert not late.go and "does not show the robot where it feels itself" in late.why and late.signals["mismatch"] == pytest.approx(0.06)
+    assert judged(SafetyGate(Limits(mismatch=0.05)), off=torch.tensor([0.01, -0.04])).go
     assert "the picture is unlike" in judged(SafetyGate(Limits(novelty=1.9), novelty=novelty)).why
     assert judged(SafetyGate(Limits(hazard=0.41, surprise=0.31, doubt=1.0, novelty=6.1), hazard, novelty), futures(k=2), expected=expected).go
     with pytest.raises(ValueError, match="the limit of doubt is 0"):
@@ -141,11 +149,50 @@ def test_what_a_gate_was_worth():
 
 
 def test_a_calibration_tells_the_risk_that_it_bounds():
-    well, wrong = ({"hazard": h, "doubt": 0.0, "surprise": 0.0, "novelty": 0.0, "unsafe": h > 0.5} for h in (0.1, 0.6))
+    well, wrong = ({"hazard": h, "doubt": 0.0, "surprise": 0.0, "novelty": 0.0, "mismatch": 0.0, "unsafe": h > 0.5} for h in (0.1, 0.6))
     episodes = [[well] * 3 + [wrong], [], [well] * 36 + [wrong] * 4]
-    told = calibrate.judged(episodes, {"hazard": 0.7, "doubt": 1.0, "surprise": 1.0, "novelty": 1.0})
+    others = dict.fromkeys(("doubt", "surprise", "novelty", "mismatch"), 1.0)
+    told = calibrate.judged(episodes, {"hazard": 0.7, **others})
     assert told["let_go_and_wrong"] == pytest.approx(5 / 44) and told["episode_risk"] == pytest.approx((1 / 4 + 1 / 10) / 2)
-    assert calibrate.judged(episodes, {"hazard": 0.5, "doubt": 1.0, "surprise": 1.0, "novelty": 1.0})["episode_risk"] == 0
+    assert calibrate.judged(episodes, {"hazard": 0.5, **others})["episode_risk"] == 0
+
+
+@pytest.mark.parametrize(("alarm", "limit"), [(0.0, 9.0), (0.5, 5.0)])
+def test_what_nothing_that_went_well_came_to_is_refused_whatever_the_alarm(alarm, limit):
+    episodes = [[{"hazard": 0.1, **dict.fromkeys(calibrate.SIGNALS[1:], float(i)), "unsafe": False}] for i in range(1, 10)]
+    episodes.append([{"hazard": 0.9, **dict.fromkeys(calibrate.SIGNALS[1:], 50.0), "unsafe": True}])
+    limits = calibrate.limits_for(episodes, 0.2, alarm)
+    assert set(limits) == set(calibrate.SIGNALS) and {limits[name] for name in calibrate.SIGNALS[1:]} == {limit}
+
+
+def test_real_pictures_that_do_not_belong_are_refused():
+    """The shipped weights: goals of nothing, noise, and another camera; pictures that come two steps late."""
+    world = model.load()
+    with envs.make(envs.EnvConfig("pick-place")) as env, envs.make(envs.EnvConfig("pick-place", cameras=("side",))) as aside:
+        played = []
+        for seed in range(8300, 8306):
+            act = make_policy("expert", env.config, np.random.default_rng(seed))
+            played.append(rollout(env, lambda obs, info: act(info), seed))
+        other = aside.reset(seed=8300)[1]["goal"]["pixels"]
+    usual = Density.fit(torch.cat([world.encode({"pixels": record.obs["pixels"]}).patches for record in played[:4]]))
+    highest = max(float(usual(world.encode({"pixels": record.obs["pixels"]}).patches).max()) for record in played[4:])
+    gate = SafetyGate(Limits(novelty=1.5 * highest, mismatch=0.03), novelty=usual, sampled=False)
+    record = played[0]
+    proprio, goal = record.obs["proprio"], record.goal["pixels"]
+
+    def verdict(shown: int, felt: int, wanted):
+        past = Past(world, 5)
+        past.take_in({"pixels": record.obs["pixels"][shown], "proprio": proprio[felt]}, np.zeros(4, np.float32))
+        seen = Seen(past.now, world.encode({"pixels": wanted}), past.pixels, off=past.unlike)
+        return gate.judge(Plan(torch.zeros(1, 2, 4), torch.zeros(1), torch.zeros(1, 2, 4)), Features(torch.zeros(1, 2, 64, 128)), seen)
+
+    assert all(verdict(t, t, goal).go for t in range(8))
+    noise = np.random.default_rng(0).integers(0, 256, goal.shape, dtype=np.uint8)
+    for strange in (np.zeros_like(goal), noise, goal[::-1].copy(), other):
+        refused = verdict(0, 0, strange)
+        assert not refused.go and "goal's picture is unlike" in refused.why
+    late = [verdict(t, t + 2, goal) for t in range(3)]
+    assert not any(one.go for one in late) and all("it is old" in one.why for one in late)
 
 
 def call(*args) -> int:
@@ -179,6 +226,10 @@ def test_from_calibrate_to_bench(tmp_path, capsys, caplog):
     assert call(*bench, *same, "--gate", "on", "--calibration", tmp_path / "elsewhere.safetensors", "--out", tmp_path / "there") == 0
     capsys.readouterr()
     assert "tells what another imagined" in caplog.text
+    for flag, value in (("--randomization", "light"), ("--object", "cup")):
+        assert call(*bench, *same, "--gate", "on", "--calibration", file, flag, value, "--out", tmp_path / value) == 0
+        assert f"{value}: its risk does not hold here" in caplog.text
+    capsys.readouterr()
     assert call(*bench, *same, "--gate", "random", "--abstain", 1, "--out", tmp_path / "random", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["abstention_rate"] == told["refusal_rate"] == 1.0

@@ -2,10 +2,10 @@
 
 Plays episodes with a gate that has no limits, and measures each decision's signals and whether its step had an unsafe event.
 The limit of the hazard is the largest that keeps the share of an episode's decisions that are let go and go wrong, in the mean
-over episodes, within --risk (conformal risk control); those of doubt, surprise and novelty are passed by a decision that goes
-well in at most a share --alarm of the episodes (split conformal prediction). Both hold for fresh episodes of the same task, model and planner, all of
-whose flags the file names: a gate refuses to start with others. They are of decisions made without the gate; what it
-refuses leads elsewhere.
+over episodes, within --risk (conformal risk control); those of doubt, surprise, novelty and mismatch are passed by a decision that
+goes well in at most a share --alarm of the episodes (split conformal prediction), with 0 in as few as these episodes can tell. Both
+hold for fresh episodes of the same task, model and planner, all of whose flags the file names: a gate refuses to start with others,
+and warns of another object or randomization. They are of decisions made without the gate; what it refuses leads elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from worldmodel.density import Density
 
-SIGNALS = ("hazard", "doubt", "surprise", "novelty")
+SIGNALS = ("hazard", "doubt", "surprise", "novelty", "mismatch")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Config(bench.Config):
     risk: float = 0.05
     """share of an episode's decisions that may be let go and go wrong (more than 0, less than 1)"""
     alarm: float = 0.05
-    """share of the episodes in which each of the other signals may refuse a decision that goes well (less than 1); 0: the hazard alone
-    has a limit"""
+    """share of the episodes in which each of the other signals may refuse a decision that goes well (less than 1); 0: the least that can
+    be told, one in as many as limits come from and one more: what is further off than all that went well there"""
 
     def __post_init__(self):
         if self.gate != "off" or self.policy not in bench.BUDGETS or self.trajectory or self.realtime or self.record or self.suite or self.video:
@@ -126,7 +126,7 @@ def limits_for(episodes: list[list[dict]], risk: float, alarm: float) -> dict[st
         )
     for name in SIGNALS[1:]:
         largest = [max((one[name] for one in own if not one["unsafe"]), default=0.0) for own in known]
-        limits[name] = max(conformal_limit(largest, alarm), 1e-9)
+        limits[name] = max(conformal_limit(largest, max(alarm, 1 / (len(largest) + 1))), 1e-9)
     return limits
 
 

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 NOT_JUDGED = (  # what a calibration does not depend on
     "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite", "draw",
 )  # fmt: skip
+SHIFTS = "randomization", "object"  # where a calibration may be asked about what it does not come from
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
 
 
@@ -224,12 +225,16 @@ def calibrated_for(config) -> dict[str, Any]:
 def limits_of(path: Path, config, imagined_by: str | None) -> tuple[Limits, Density]:
     """What a calibration file holds. Raises ValueError where it is of another task, model or planner than a config's.
 
-    Warns where another library imagined: the numbers are the same but for rounding, which a limit may lie between.
+    Warns where it is of another object or randomization, over which no limit need carry, and where another library imagined: the
+    numbers are the same but for rounding, which a limit may lie between.
     """
     found, here = load_calibration(path), calibrated_for(config)
-    others = [f"{name} {found.of.get(name)} instead of {here[name]}" for name in here if found.of.get(name) != here[name]]
+    others = {name: f"{name} {found.of.get(name)} instead of {here[name]}" for name in here if found.of.get(name) != here[name]}
+    shifted = [others.pop(name) for name in SHIFTS if name in others]
     if others:
-        raise ValueError(f"{path} was calibrated for {', '.join(others)}; calibrate with the same flags: `worldmodel calibrate`")
+        raise ValueError(f"{path} was calibrated for {', '.join(others.values())}; calibrate with the same flags: `worldmodel calibrate`")
+    if shifted:
+        log.warning("%s was calibrated for %s: its risk does not hold here, calibrate with the same flags for one that does", path, ", ".join(shifted))
     if (theirs := found.of.get("imagined_by", imagined_by)) != imagined_by:
         log.warning("%s tells what %s imagined, and here %s does, which rounds otherwise: to be sure, calibrate here", path, theirs, imagined_by)
     return Limits(**found.limits), found.usual
@@ -274,7 +279,7 @@ def _entry(config, record: run.Record, steps: list[dict]) -> dict[str, Any]:
         "grasped": bool(any(info.get("privileged/grasped", False) for info in record.infos)),
         "unsafe": unsafe,
         "subgoal": [step["subgoal"] for step in steps],
-        "energy": [None if step["energy"] is None else round(step["energy"], 5) for step in steps],
+        "energy": [None if step["energy"] is None or not np.isfinite(step["energy"]) else round(step["energy"], 5) for step in steps],
         "decision_seconds": [round(step["seconds"], 5) for step in steps if step["seconds"] is not None],
         **({"late": sum(step["late"] for step in steps)} if config.realtime else {}),
         **_judgements(config, record, steps),
