@@ -35,6 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
+	rm -rf out/demo
 	.venv/bin/worldmodel bench --preset demo
 
 test: setup

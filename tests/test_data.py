@@ -199,6 +199,16 @@ def test_load_with_limit_and_keys(folder):
         data.Dataset.open(folder).load(limit=0)
 
 
+@pytest.mark.parametrize("key", ["proprio", "actions"])
+def test_numbers_that_are_not_finite_are_refused_and_their_episode_named(folder, key):
+    dataset, path = data.Dataset.open(folder), data.episode_path(folder, 1)
+    broken = data.read_episode(path)
+    broken[key][0, 0] = np.nan
+    np.savez(path, **broken)  # as others write them
+    with pytest.raises(ValueError, match=f"episode-000001.npz: {key} holds NaN or infinity"):
+        dataset.load(keys=(key,))
+
+
 def test_datasets_that_do_not_fit_are_refused(tmp_path, folder):
     other = make_dataset(tmp_path / "other", size=24)
     with pytest.raises(ValueError, match=r"pixels is \[24, 24, 3\] per frame, expected \[16, 16, 3\]"):

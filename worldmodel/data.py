@@ -256,8 +256,8 @@ class Dataset:
     def load(self, limit: int | None = None, keys: Sequence[str] = KEYS) -> Frames:
         """Read the arrays named by `keys` into memory; with `limit`, of that many episodes spread evenly over the set.
 
-        Shows a progress bar where this takes longer than 2 s. Raises ValueError for an episode that is damaged, or
-        whose arrays do not fit to those of the others.
+        Shows a progress bar where this takes longer than 2 s. Raises ValueError for an episode that is damaged, whose
+        arrays do not fit to those of the others, or whose proprio or actions are not finite.
         """
         episodes = self.episodes
         if limit is not None and limit < len(episodes):
@@ -279,6 +279,8 @@ class Dataset:
                     raise ValueError(
                         f"{episode.path}: {key} is {array.dtype}, expected {arrays[key].dtype} as in {episodes[0].path}; write both alike"
                     )
+                if key in ("proprio", "actions") and not np.isfinite(array).all():
+                    raise ValueError(f"{episode.path}: {key} holds NaN or infinity; leave the episode out, or write it anew with finite numbers")
                 arrays[key][start : start + episode.frames - (key == "actions")] = array
         return Frames(arrays, offsets, episodes)
 

@@ -1,4 +1,4 @@
-"""Episodes as pictures that move: the current frame, the sub-goal it is after, and the energy so far, side by side."""
+"""Episodes as pictures that move: the current frame, the sub-goal it is after, the goal, and the energy so far, side by side."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ def draw(film: Film, t: int) -> np.ndarray:
 
     last = t == len(film.frames) - 1
     index = film.pursued[min(t, len(film.pursued) - 1)]
-    panels = [_enlarged(film.frames[t]), _enlarged(film.goals[index])]
+    panels, words = [_enlarged(film.frames[t])], [f"{film.title}, step {t}" + (f": {film.ending}" if last else "")]
+    if len(film.goals) > 1:
+        panels.append(_enlarged(film.goals[index]))
+        words.append(f"sub-goal {index + 1} of {len(film.goals)}")
+    panels.append(_enlarged(film.goals[-1]))
+    words.append("goal")
     if any(energy is not None for energy in film.energies):
         panels.append(_curve(film, t))
-    words = [f"{film.title}, step {t}" + (f": {film.ending}" if last else ""), f"sub-goal {index + 1} of {len(film.goals)}", "energy"]
+        words.append("energy")
     image = Image.new("RGB", (sum(p.shape[1] for p in panels), PANEL + CAPTION), "white")
     pen, left = ImageDraw.Draw(image), 0
     for panel, text in zip(panels, words):

@@ -28,6 +28,10 @@ def run(config, bench: ModuleType) -> dict:
     rows, results = rows_of(config.suite), []
     own = [parsed(row, config.out / slug(row), bench) for row in rows]  # notices what is wrong before anything is played
     for row in own:
+        for path in (row.model, row.calibration):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"{path}, which a row of {config.suite} is of, is not there; make it first, as the suite's file says")
+    for row in own:
         same = {name: getattr(config, name) for name in ("workers", "threads", "seed")}
         minutes = _minutes(row.model) if row.policy in bench.TOLD else None
         results.append(bench.run(dataclasses.replace(row, **same)) | {"minutes": minutes})

@@ -32,7 +32,7 @@ def counted(work: Callable) -> int:
 
 
 def training(world) -> dict:
-    """Clips/s of pretraining and sequences/s of training, in steps of the base presets without the optimiser, and GFLOP/s."""
+    """Clips/s of pretraining and sequences/s of training, in steps of the presets base and shipped without the optimiser, and GFLOP/s."""
     import torch
 
     from worldmodel.commands import cli
@@ -49,7 +49,7 @@ def training(world) -> dict:
     clips = torch.randint(0, 256, (recipe.batch, 1, size, wide, 3), dtype=torch.uint8)
     masks = draw(KINDS["open"], recipe.batch, 1, recipe.encoder.grid, np.random.default_rng(0))
 
-    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "base"), TrainConfig))
+    own = TrainConfig(**cli.shared(cli.parse("train", predicting, [], "shipped"), TrainConfig))
     predictor = type(world.predictor)(world.predictor.config)
     sizes, shape = predictor.config, (own.batch, own.transitions)
     clip = Features(
