@@ -1,8 +1,8 @@
 """Anyone's Gymnasium environment with pixels, made like ours.
 
 Observations become {"pixels", "proprio"}, actions [-1, 1], and `info` gets `goal`, `subgoals`, `success`, `unsafe` and `cost`.
-A goal is what the user, or the environment in its info or observation, says it is; without, a place that random actions lead to from the very start of
-the episode, so that it can be reached.
+A goal is what the user, or the environment in its info or observation, says it is; without, a place that random actions lead to
+from the very start of the episode, so that it can be reached.
 """
 
 from __future__ import annotations
@@ -298,8 +298,7 @@ class Adapted(gym.Env):
     def close(self) -> None:
         """Close the environment."""
         self._draw_here()  # a canvas that is freed later, while another one is drawn on, takes that one's pictures with it
-        canvas = getattr(getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None), "con", None)
-        if hasattr(canvas, "free"):
+        if hasattr(canvas := getattr(self._viewer, "con", None), "free"):
             canvas.free()
         self.env.close()
 
@@ -314,9 +313,13 @@ class Adapted(gym.Env):
 
     def _draw_here(self) -> None:
         """Have the environment draw on its own canvas: Gymnasium's MuJoCo renderer draws, and reads, where the last of this process did."""
-        viewer = getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None)
-        if hasattr(viewer, "make_context_current"):
-            viewer.make_context_current()
+        if hasattr(self._viewer, "make_context_current"):
+            self._viewer.make_context_current()
+
+    @property
+    def _viewer(self) -> Any:
+        """What Gymnasium's MuJoCo renderer draws with; None where there is none."""
+        return getattr(getattr(self.env.unwrapped, "mujoco_renderer", None), "viewer", None)
 
     def _repeat(self, action: np.ndarray, events_of: Callable | None = None) -> tuple[Any, float, dict[str, Any], dict[str, float], tuple[bool, bool]]:
         """Run an action for frame_skip steps: the last observation, rewards, info, what was unsafe, terminated and truncated."""

@@ -42,18 +42,15 @@ def draw(film: Film, t: int) -> np.ndarray:
 
     last = t == len(film.frames) - 1
     index = film.pursued[min(t, len(film.pursued) - 1)]
-    panels, words = [_enlarged(film.frames[t])], [f"{film.title}, step {t}" + (f": {film.ending}" if last else "")]
+    panels = [(_enlarged(film.frames[t]), f"{film.title}, step {t}" + (f": {film.ending}" if last else ""))]
     if len(film.goals) > 1:
-        panels.append(_enlarged(film.goals[index]))
-        words.append(f"sub-goal {index + 1} of {len(film.goals)}")
-    panels.append(_enlarged(film.goals[-1]))
-    words.append("goal")
+        panels.append((_enlarged(film.goals[index]), f"sub-goal {index + 1} of {len(film.goals)}"))
+    panels.append((_enlarged(film.goals[-1]), "goal"))
     if any(energy is not None for energy in film.energies):
-        panels.append(_curve(film, t))
-        words.append("energy")
-    image = Image.new("RGB", (sum(p.shape[1] for p in panels), PANEL + CAPTION), "white")
+        panels.append((_curve(film, t), "energy"))
+    image = Image.new("RGB", (sum(panel.shape[1] for panel, _ in panels), PANEL + CAPTION), "white")
     pen, left = ImageDraw.Draw(image), 0
-    for panel, text in zip(panels, words):
+    for panel, text in panels:
         image.paste(Image.fromarray(panel), (left, CAPTION))
         pen.text((left + 4, 3), text, "black", font_size=11)
         left += panel.shape[1]
