@@ -294,11 +294,12 @@ class Agent:
         return replace(decision, asked=asked)
 
     def _way(self, which: str, context: Context, horizon: int) -> Suggestion | None:
-        """What the model says of the way to the goals ahead, if it says anything: `suggest`, or `detour` of a safer one."""
+        """What the model says of the way to the goals ahead, if it says anything, in numbers: `suggest`, or `detour` of a safer one."""
         if not hasattr(self.model, which):
             return None
         now = context.features.map(lambda x: x[0, -1])
-        return getattr(self.model, which)(now, self._pursued[self._course.subgoal :], horizon)
+        way = getattr(self.model, which)(now, self._pursued[self._course.subgoal :], horizon)
+        return way if way is not None and torch.isfinite(way.actions).all() else None
 
     def _detour(self, context: Context, horizon: int) -> Suggestion | None:
         """A safer way, if the model says one, and it leads anywhere."""
