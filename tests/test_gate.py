@@ -226,6 +226,15 @@ def test_from_calibrate_to_bench(tmp_path, capsys, caplog):
     assert call(*bench, *same, "--gate", "on", "--calibration", tmp_path / "elsewhere.safetensors", "--out", tmp_path / "there") == 0
     capsys.readouterr()
     assert "tells what another imagined" in caplog.text
+    real = *bench, *same, "--realtime", "--gate", "on", "--calibration"
+    fields["limits"]["hazard"] = 1e-9
+    save_tensors(tmp_path / "never.safetensors", "calibration", tensors, fields, about)
+    for name, path, go in (("real", file, 1), ("held", tmp_path / "never.safetensors", 0)):  # a plan is judged a step before it begins
+        assert call(*real, path, "--out", tmp_path / name, "--json") == 0
+        summary, played = json.loads(capsys.readouterr().out), json.loads((tmp_path / name / "results.json").read_text())["episodes"][0]
+        assert len(played["answers"]) == len(played["decision_seconds"]) >= len(played["asked"]) > 1
+        assert all(one[1] == go and (one[2] is None) == (not go) for one in played["asked"])  # what would begin later cannot be tried now
+        assert summary["refusal_rate"] == 1 - go and (summary["let_go_and_wrong"] is None) == (not go)
     for flag, value in (("--randomization", "light"), ("--object", "cup")):
         assert call(*bench, *same, "--gate", "on", "--calibration", file, flag, value, "--out", tmp_path / value) == 0
         assert f"{value}: its risk does not hold here" in caplog.text

@@ -32,6 +32,7 @@ class Paced:
         self.agent, self.period = agent, period
         self.decides = False  # whether a decision was made at the present step
         self.late = False  # whether none began there that was to
+        self.begins = 1  # steps from the last decision's picture until its first action
         self._queue: list[np.ndarray] = []  # actions to run from the present step on
         self._decided: list[np.ndarray] = []  # what will be the queue
         self._due, self._wait = 0, 0  # steps until then: as planned, and as long as it takes
@@ -52,6 +53,7 @@ class Paced:
             self._decided = [first, *self.agent.last.later]
             self._wait = max(1, math.ceil(self.agent.last.seconds / self.period))
             self._took.append(self._wait)
+            self.begins = max(self._due, self._wait)
         else:
             self.agent.watch(obs, self._ran)
         self._ran = action

@@ -141,7 +141,8 @@ class Config:
     """share of an episode's highest energy above which a sub-goal has failed, and the first one's turn comes again; None: never"""
     realtime: bool = False
     """the simulator does not wait: a decision's action begins one step after its picture, or later where decisions take longer
-    than a step's 0.2 s, and until then the last plan runs on"""
+    than a step's 0.2 s, and until then the last plan runs on. A gate judges a plan's first step when it is decided, and not by
+    surprise: what it had imagined was of a later picture"""
     trajectory: Path | None = None
     """a recorded robot trajectory (.npz, as `worldmodel energy` takes it) instead of episodes: every step is planned from its
     picture to the next, one step ahead, and compared with what was recorded"""
@@ -179,8 +180,8 @@ class Config:
             raise ValueError(f"--gate {self.gate} judges plans; {self.policy} makes none")
         if self.realtime and self.replan > 1:
             raise ValueError(f"replan is {self.replan}: with --realtime plans are made as often as they can be; leave it at 1")
-        if self.realtime and (self.policy != "planner" or self.gate != "off" or self.env.id or self.trajectory):
-            raise ValueError("--realtime is for the planner in the robot's tasks, without a gate, which judges steps just before they run")
+        if self.realtime and (self.policy != "planner" or self.gate == "random" or self.env.id or self.trajectory):
+            raise ValueError("--realtime is for the planner in the robot's tasks, and no gate that refuses by chance")
         if self.record and self.trajectory:
             raise ValueError("--record keeps episodes, and --trajectory plays none; leave one out")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):
@@ -301,7 +302,8 @@ def report(result: dict) -> str:
         else f"refused {_percent(result['refusal_rate'])} of the plans, {_percent(result['false_alarm_rate'])} of those that would have gone well; "
         f"let go {_percent(result['let_go_and_wrong'])} that went wrong, {_percent(result['episode_risk'])} of an episode's in the mean; "
         f"held at {result['abstention_rate']:.1%} of the steps; "
-        f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}; {result['out']}/risk.png",
+        f"AUROC {'-' if result['auroc'] is None else format(result['auroc'], '.2f')}"
+        + ("" if result["let_go_and_wrong"] is None else f"; {result['out']}/risk.png"),
         "steps": f"{result['steps_to_success']:.1f} to success" if result["successes"] else "",
         "distance": ""
         if result["final_distance"] is None

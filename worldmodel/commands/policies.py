@@ -41,7 +41,7 @@ from worldmodel.interface import WorldModel
 SCRIPTED = ("expert", "random", "nothing")
 log = logging.getLogger(__name__)
 NOT_JUDGED = (  # what a calibration does not depend on
-    "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite", "draw",
+    "out", "episodes", "seed", "video", "workers", "threads", "gate", "calibration", "abstain", "trajectory", "record", "suite", "draw", "realtime",
 )  # fmt: skip
 SHIFTS = "randomization", "object"  # where a calibration may be asked about what it does not come from
 PROPRIO_SCALE = (0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.08)  # m, rad and m of opening that count as much as features do
@@ -110,9 +110,11 @@ class Player:
             last = agent.last
             judged, decides = getattr(last, "verdict", None), getattr(decide, "decides", True)
             answer = getattr(last, "answer", "plan")
-            spared = self._would_go_wrong(last.asked[0]) if answer != "plan" and last.asked else None
+            waits = getattr(decide, "begins", 0)  # what does not run at once cannot be tried at once
+            spared = self._would_go_wrong(last.asked[0]) if answer != "plan" and last.asked and not waits else None
             steps.append({"seconds": last.seconds if decides else None, "late": getattr(decide, "late", False), "subgoal": last.subgoal,
-                          "energy": last.observed if decides else None, "verdict": judged, "answer": answer, "asked": getattr(last, "asked", None), "spared": spared})  # fmt: skip
+                          "energy": last.observed if decides else None, "verdict": judged, "answer": answer, "asked": getattr(last, "asked", None),
+                          "begins": waits, "spared": spared})  # fmt: skip
             return action
 
         return act
@@ -290,16 +292,17 @@ def _judgements(config, record: run.Record, steps: list[dict]) -> dict[str, Any]
     """What the gate said at each step, where there is one; `asked` as in `abstention`."""
     if config.gate == "off":
         return {}
-    asked = []
-    for step, info in zip(steps, record.infos[1:]):
-        wrong = bool(info["unsafe"]) if step["answer"] == "plan" else step["spared"]
+    asked, decided = [], [(t, step) for t, step in enumerate(steps) if step["seconds"] is not None]
+    for t, step in decided:
+        ran = record.infos[t + 1 + step["begins"] :][:1]  # empty: the episode ended before it began
+        wrong = step["spared"] if step["answer"] != "plan" else bool(ran[0]["unsafe"]) if ran else False
         if step["asked"]:
             verdict = step["asked"][1]
             asked.append([round(min(verdict.score, HIGHEST), 5), int(verdict.go), None if wrong is None else int(wrong)])
     return {
         "asked": asked,
-        "answers": [step["answer"] for step in steps],
-        "refused": [step["verdict"].why for step in steps if not step["verdict"].go],
+        "answers": [step["answer"] for _, step in decided],
+        "refused": [step["verdict"].why for _, step in decided if not step["verdict"].go],
     }
 
 
