@@ -33,6 +33,7 @@ def test_steps_branch_where_grip_decides_and_not_before_the_grasp(world):
     assert (apart[: closes - 1] < branching.STEADY).all() and apart[closes:].max() > branching.BRANCHES
     assert [len(step.actions) for step in steps[:4]] == [1, 2, 3, 3] and steps[3].before.patches.shape == (3, 16, 24)
     assert all(bool(step.where.all()) == (step.apart < branching.BRANCHES) and step.where.any() for step in steps)
+    assert all((step.draws > 0) == (step.apart > branching.BRANCHES) for step in steps)
 
 
 def test_trying_a_step_leaves_no_trace():

@@ -39,13 +39,14 @@ class Step:
     after: Tensor  # [P, D]
     apart: float  # m
     where: Tensor  # bool [P], patches in which the tries look different; all of a step that does not branch
+    draws: float = 0.0  # L1 of the tries from their median in those patches: what remains to whom all but the draw is known
 
 
 def steps_of(world: LatentModel, cameras: tuple[str, ...], seed: int) -> list[Step]:
     """All steps of an expert's episode."""
     env = environment(object_of(seed), world.encoder.config.image_size, cameras, world.action_dim, False, LEVEL)
     policy = experts.make_policy("varied", env.config, np.random.default_rng((seed, 1)))
-    rng, draws, apart, where = np.random.default_rng((seed, 2)), [], [], []
+    rng, draws, apart, looks = np.random.default_rng((seed, 2)), [], [], []
 
     def act(obs, info):
         action = policy(info)
@@ -54,7 +55,7 @@ def steps_of(world: LatentModel, cameras: tuple[str, ...], seed: int) -> list[St
             draws[:] = [own, *(env.randomizer.redraw_physics(own, LEVEL, rng) for _ in range(TRIES - 1))]
         places, poses = _tried(env, action, draws)
         apart.append(float(np.sqrt(places.var(0).sum())))
-        where.append(_different(world, env.scene.film(poses)) if apart[-1] > BRANCHES else None)
+        looks.append(_different(world, env.scene.film(poses)) if apart[-1] > BRANCHES else None)
         draws[:] = [draw for draw, place in zip(draws, places) if np.linalg.norm(place - places[0]) < AGREES]
         return action
 
@@ -62,13 +63,11 @@ def steps_of(world: LatentModel, cameras: tuple[str, ...], seed: int) -> list[St
     seen = world.encode({"pixels": env.scene.film(episode.obs["qpos"]), "proprio": episode.obs["proprio"]})
     actions, first = torch.from_numpy(episode.actions), world.max_context - 1
     windows = [slice(max(0, t - first), t + 1) for t in range(len(actions))]
+    alike = torch.ones(len(seen.patches[0]), dtype=torch.bool), 0.0
     return [
-        Step(
-            Features(*(x[w] for x in seen)), actions[w], seen.patches[w.stop], far,
-            torch.ones(len(seen.patches[0]), dtype=torch.bool) if differs is None else differs,
-        )
-        for w, far, differs in zip(windows, apart, where)
-    ]  # fmt: skip
+        Step(Features(*(x[w] for x in seen)), actions[w], seen.patches[w.stop], far, *(alike if look is None else look))
+        for w, far, look in zip(windows, apart, looks)
+    ]
 
 
 def _tried(env, action: np.ndarray, draws: list) -> tuple[np.ndarray, np.ndarray]:
@@ -86,17 +85,19 @@ def _tried(env, action: np.ndarray, draws: list) -> tuple[np.ndarray, np.ndarray
     return np.array(places), np.array(poses)
 
 
-def _different(world: LatentModel, pictures: np.ndarray) -> Tensor:
-    """Patches, bool [P], in which pictures [n, h, w, 3] differ."""
-    apart = world.encode({"pixels": pictures}).patches.float().std(0, correction=0).mean(-1)
-    return apart > DIFFERS * apart.max()
+def _different(world: LatentModel, pictures: np.ndarray) -> tuple[Tensor, float]:
+    """Patches, bool [P], in which pictures [n, h, w, 3] differ, and the L1 of their features from the median there."""
+    patches = world.encode({"pixels": pictures}).patches.float()
+    apart = patches.std(0, correction=0).mean(-1)
+    where = apart > DIFFERS * apart.max()
+    return where, float((patches - patches.median(0).values)[:, where].abs().mean())
 
 
 @torch.no_grad()
 def judge(world: LatentModel, steps: list[Step], seed: int = 0) -> dict[str, dict[str, float]]:
     """Of steps that branch and of steady ones, of which no more count: means of what z carries and of L1 errors of features.
 
-    `nats`: of the posterior over the prior. Errors of the prior's mean, the best of SAMPLES of the prior, the posterior's
+    `nats`: of the posterior over the prior. `draws`: what the draws alone leave open. Errors of the prior's mean, the best of SAMPLES of the prior, the posterior's
     mean, and the posterior's of another such step, in `patches` on average. `spread`: deviation over the samples, of all.
     """
     generator, out = torch.Generator().manual_seed(seed), {}
@@ -114,8 +115,8 @@ def judge(world: LatentModel, steps: list[Step], seed: int = 0) -> dict[str, dic
             imagined = _imagined(world, step, z)
             error = (imagined - step.after)[:, step.where].abs().mean((-2, -1))
             spread = imagined[:SAMPLES].std(0, correction=0).mean()
-            rows.append([step.where.sum(), nats, error[SAMPLES], error[:SAMPLES].min(), error[SAMPLES + 1], error[SAMPLES + 2], spread])
-        names = ("patches", "nats", "mean", "best", "posterior", "shuffled", "spread")
+            rows.append([step.where.sum(), nats, step.draws, error[SAMPLES], error[:SAMPLES].min(), error[SAMPLES + 1], error[SAMPLES + 2], spread])
+        names = ("patches", "nats", "draws", "mean", "best", "posterior", "shuffled", "spread")
         out[name] = {"steps": len(group)} | dict(zip(names, np.array(rows, float).mean(0).tolist()))
     return out
 

@@ -138,11 +138,12 @@ def report(result: dict) -> str:
     if not result["grasps"]:
         lines.append("no such sequence: take more --episodes")
     if result["latent"]:
-        lines += ["", "z: L1 of features with it at the prior's mean, the best of the prior's samples, the posterior's mean, another",
-                  "step's, where steps that branch look different by how they end, and in all patches of steady ones; spread over all"]  # fmt: skip
-        lines.append(f"{'':10}steps patches   nats" + "".join(f"{key:>11}" for key in ("mean", "best", "posterior", "shuffled", "spread")))
+        keys = "draws", "mean", "best", "posterior", "shuffled", "spread"
+        lines += ["", "z: L1 of features of what the draws alone leave open, with z at the prior's mean, the best of the prior's samples, the posterior's",
+                  "mean, another step's, where steps that branch look different by how they end, and in all patches of steady ones; spread over all"]  # fmt: skip
+        lines.append(f"{'':10}steps patches   nats" + "".join(f"{key:>11}" for key in keys))
     for name, row in result["latent"].items():
-        cells = "".join(f"{row[key]:11.4f}" for key in ("mean", "best", "posterior", "shuffled", "spread"))
+        cells = "".join(f"{row[key]:11.4f}" for key in keys)
         lines.append(f"{name:10}{row['steps']:5}{row['patches']:8.1f}{row['nats']:7.2f}{cells}")
     lines += ["", "energy of states on a line: minimum off the goal (mm, median, 95th percentile); rays that only rise"]
     for name, row in energy["states"].items():
