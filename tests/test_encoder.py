@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions, rotate, rotation, scaled, take
+from worldmodel.encoder import EncoderConfig, VideoEncoder, normalised, patchify, positions, rotate, rotation, scaled, take
 
 SMALL = EncoderConfig(image_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)
 
@@ -23,9 +23,9 @@ def test_the_matrix_product_is_the_convolution():
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stem", [0, 20])
-def test_a_single_frame_fills_its_tubelet(stem):
-    encoder = VideoEncoder(replace(SMALL, stem=stem))
+@pytest.mark.parametrize(("stem", "conv"), [(0, 0), (20, 0), (20, 4)])
+def test_a_single_frame_fills_its_tubelet(stem, conv):
+    encoder = VideoEncoder(replace(SMALL, stem=stem, conv=conv))
     frame = pixels(2, 1, 32, 32, 3)
     torch.testing.assert_close(
         encoder(patchify(frame, SMALL)), encoder(patchify(frame.expand(-1, 2, -1, -1, -1), SMALL)), atol=1e-4, rtol=1e-4
@@ -59,8 +59,32 @@ def test_encode_keeps_leading_axes_and_does_not_mix_frames():
     torch.testing.assert_close(features.std(-1, correction=0), torch.ones(2, 3, 16), atol=1e-3, rtol=1e-3)
 
 
-def test_visible_tokens_are_encoded_at_their_places():
-    encoder = VideoEncoder(SMALL).eval()
+def test_convolutions_go_over_whole_pictures_and_see_nothing_of_hidden_patches():
+    config = replace(SMALL, views=2, stem=20, conv=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = VideoEncoder(config).eval()
+    clips = pixels(2, 4, 32, 64, 3)
+    patches, visible = patchify(clips, config), torch.tensor([[0, 5, 40], [31, 32, 63]])
+    told = encoder(patches, visible)
+    other = patchify(pixels(2, 4, 32, 64, 3, seed=1), config)
+    for i, seen in enumerate(visible):
+        other[i, seen] = patches[i, seen]
+    torch.testing.assert_close(encoder(other, visible), told, atol=1e-5, rtol=1e-5)
+    x = scaled(clips).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    for layer in encoder.patch_embed.halve:
+        x = torch.nn.functional.gelu(layer(x))
+    x = torch.nn.functional.gelu(encoder.patch_embed.proj(x + torch.nn.functional.gelu(encoder.patch_embed.mix(x))))  # [8, 20, 4, 8]
+    x = x.unflatten(0, (2, 2, 2)).permute(0, 1, 4, 5, 2, 3)  # [B, t, rows, columns, times, stem]
+    torch.testing.assert_close(encoder.patch_embed(normalised(patches, config)), encoder.patch_embed.out(x.flatten(4).flatten(1, 3)), atol=1e-4, rtol=1e-4)
+    for wrong in ({"conv": 4}, {"conv": -1}, {"conv": 4, "stem": 8, "patch_size": 2}):
+        with pytest.raises(ValueError, match="conv"):
+            replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("conv", [0, 4])
+def test_visible_tokens_are_encoded_at_their_places(conv):
+    encoder = VideoEncoder(replace(SMALL, stem=20, conv=conv)).eval()
     patches = patchify(pixels(2, 4, 32, 32, 3), SMALL)
     every = torch.arange(32).expand(2, -1)
     torch.testing.assert_close(encoder(patches, every), encoder(patches), atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.model import load
-from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, pretrain
+from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, edges, histograms, pretrain
 from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import Labels, attentive, ridge
@@ -53,7 +53,10 @@ def recipe(**changes):
     return PretrainConfig(**{"encoder": TINY, "predictor_dim": 24, "predictor_depth": 1, "predictor_heads": 1, "batch": 4, "steps": 6} | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"target": "pixels", "summary_weight": 1.0, "summary_dim": 6}])
+@pytest.mark.parametrize("changes", [
+    {}, {"target": "pixels", "summary_weight": 1.0, "summary_dim": 6},
+    {"encoder": replace(TINY, stem=8, conv=2), "target": "pixels", "visible_weight": 1.0, "summary_weight": 1.0, "summary_dim": 6, "edge_weight": 2.0},
+])  # fmt: skip
 def test_pretraining_resumes_bit_exactly(data, tmp_path, changes):
     whole = pretrain(recipe(**changes), data, tmp_path / "whole")
     assert pretrain(recipe(**changes), data, tmp_path / "parts", minutes=1e-9) is None
@@ -96,6 +99,8 @@ def test_losses_by_target():
     torch.testing.assert_close(both["loss"], both["latent"] + 0.5 * both["pixels"])
     through = Pretraining(recipe(summary_weight=2.0)).loss(clips, masks)
     torch.testing.assert_close(through["loss"], through["latent"] + 2.0 * through["summary"])
+    turned = Pretraining(recipe(target="pixels", edge_weight=3.0)).loss(clips, masks)
+    torch.testing.assert_close(turned["loss"], turned["pixels"] + 3.0 * turned["edges"])
 
 
 def test_the_summary_draws_views_that_the_encoder_does_not_see():
@@ -140,6 +145,25 @@ def test_blurred_pictures_keep_places():
     drawn = blurred(frame, TINY)  # [1, 9, 48]
     assert drawn.shape == (1, 9, 48) and drawn.mean(-1).argmax() == 6  # third row, first column
     torch.testing.assert_close(blurred(frame.expand(-1, 4, -1, -1, -1), TINY), drawn.repeat(1, 2, 1))
+
+
+def test_edges_are_told_by_direction_and_a_views_border_is_none():
+    x, y = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="xy")
+    for angle, directions in ((0, {0: 1.0}), (45, {2: 1.0}), (90, {4: 1.0}), (157.5, {7: 1.0}), (11.25, {0: 0.5, 1: 0.5})):
+        turn = torch.deg2rad(torch.tensor(angle))
+        picture = (x * torch.cos(turn) + y * torch.sin(turn))[None, None].expand(1, 3, -1, -1)  # rises in that direction
+        told = edges(picture)[0, :, 12, 12]
+        assert told.shape == (8,) and told.sum() == pytest.approx(2.0, abs=1e-4)
+        for i, share in directions.items():
+            assert told[i] == pytest.approx(2.0 * share, abs=1e-3)
+    assert edges(torch.cat((torch.zeros(1, 3, 24, 24), torch.ones(1, 3, 24, 24)), 3)).abs().max() == 0
+    frame = torch.randint(0, 256, (2, 1, 24, 24, 3), dtype=torch.uint8)
+    found = histograms(frame, TINY)
+    assert found.shape == (2, 9, 32) and 0.5 < found.norm(dim=-1).min() and found.norm(dim=-1).max() < 1
+    torch.testing.assert_close(histograms(frame.expand(-1, 2, -1, -1, -1), TINY), found)
+    colours, both = blurred(frame, TINY), blurred(frame, TINY, with_edges=True)
+    assert both.shape == (2, 9, 11 * 16)
+    torch.testing.assert_close(both[..., : 3 * 16], colours)
 
 
 def test_pixels_are_whitened_by_place(data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,16 @@ class EncoderConfig:
     rope_tiled: bool = False  # an entry's frequency is that of its index modulo half the part, as V-JEPA 2's released code
     # has it; else neighbours, which turn together, have the same one
     stem: int = 0  # hidden units of a two-layer patch embedding; 0: one linear map, as V-JEPA 2
+    conv: int = field(default=0, repr=False)  # channels of the first of convolutions before a stem; 0: none. No part of fingerprints without
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1: pixels are normalised by (x / 255 - mean) / std
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     resize: int = 0  # `encode` resizes a picture's shorter side to it and crops the middle; 0: pictures have image_size
 
     def __post_init__(self) -> None:
-        if self.stem < 0:
-            raise ValueError(f"stem is {self.stem}: expected at least 0")
+        if self.stem < 0 or self.conv < 0:
+            raise ValueError(f"stem is {self.stem} and conv {self.conv}: expected at least 0")
+        if self.conv and (not self.stem or self.patch_size % 4):
+            raise ValueError(f"conv is {self.conv}, stem {self.stem}, patch_size {self.patch_size}: convolutions lead to a stem, and halve twice; give --stem 256, and a patch_size that is a multiple of 4")
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -196,6 +199,39 @@ class PatchEmbed(nn.Module):
         return x if self.out is None else self.out(F.gelu(x))
 
 
+class ConvEmbed(nn.Module):
+    """Overlapping convolutions over whole frames, to one vector for each tubelet: early convolutions (arXiv 2106.14881).
+
+    A patch's own map has to learn how a thing looks at each place in the patch; convolutions know it everywhere. Hidden patches
+    are grey, so that nothing of them is seen.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config, wide, cell = config, 2 * config.conv, config.patch_size // 4
+        self.halve = nn.ModuleList((nn.Conv2d(3, config.conv, 3, 2, 1), nn.Conv2d(config.conv, wide, 3, 2, 1)))
+        self.mix = nn.Conv2d(wide, wide, 3, 1, 1)
+        self.proj = nn.Conv2d(wide, config.stem, cell + 2, cell, 1)
+        self.out = nn.Linear(config.tubelet_size * config.stem, config.embed_dim)
+
+    def forward(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+        """All patches [B, L, C] as `normalised` makes them, of which the `visible` [B, V] are seen -> [B, V, embed_dim]."""
+        if visible is not None:
+            patches = patches * torch.zeros_like(patches[..., :1]).scatter_(1, visible[..., None], 1)
+        size, (rows, columns) = self.config.patch_size, self.config.grid
+        x = patches.unflatten(2, (3, -1, size, size)).unflatten(1, (-1, rows, columns))  # [B, t, rows, columns, 3, times, size, size]
+        b, steps, times = len(x), x.shape[1], x.shape[5]
+        x = x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(b * steps * times, 3, rows * size, columns * size)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer in self.halve:
+            x = F.gelu(layer(x))
+        x = F.gelu(self.proj(x + F.gelu(self.mix(x))))  # [B * t * times, stem, rows, columns]
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (b, steps, times))
+        x = x.expand(-1, -1, self.config.tubelet_size, -1, -1)  # a single frame fills its tubelet
+        x = x.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, L, times * stem]
+        return self.out(x if visible is None else take(x, visible))
+
+
 def patchify(clips: Tensor, config: EncoderConfig) -> Tensor:
     """Tubelets of clips uint8 [B, T, h, w, 3], T a multiple of the tubelet: uint8 [B, L, 3 * tubelet * patch^2].
 
@@ -260,14 +296,14 @@ class VideoEncoder(nn.Module):
     def __init__(self, config: EncoderConfig = EncoderConfig()) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = ConvEmbed(config) if config.conv else PatchEmbed(config)
         self.blocks = nn.ModuleList(
             Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
         initialise(self)
         if config.stem:
-            nn.init.trunc_normal_(self.patch_embed.out.weight, std=config.stem**-0.5)  # beside positions of deviation 0.7
+            nn.init.trunc_normal_(self.patch_embed.out.weight, std=self.patch_embed.out.in_features**-0.5)  # beside positions of deviation 0.7
 
     def forward(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
         """Features of the visible tubelets.
@@ -276,12 +312,12 @@ class VideoEncoder(nn.Module):
         """
         head_dim = self.config.embed_dim // self.config.num_heads
         where = positions(patches.shape[1] // self.config.patches, self.config.grid, patches.device)
-        if visible is None:
-            where = where[None]
-        else:
-            patches, where = take(patches, visible), where[visible]
+        where = where[None] if visible is None else where[visible]
         by = rotation(where, head_dim, self.config.rope_base, self.config.rope_tiled)
-        x = self.patch_embed(normalised(patches, self.config).to(self.patch_embed.proj.weight.dtype))
+        if visible is not None and not self.config.conv:  # which sees whole frames
+            patches = take(patches, visible)
+        x = normalised(patches, self.config).to(self.patch_embed.proj.weight.dtype)
+        x = self.patch_embed(x, visible) if self.config.conv else self.patch_embed(x)
         if self.config.absolute:
             x = x + sinusoids(where, x.shape[-1]).to(x.dtype)
         for block in self.blocks:
@@ -318,6 +354,9 @@ def initialise(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv3d)):
             nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Conv2d):  # one after the other
+            nn.init.kaiming_normal_(m.weight)
             nn.init.zeros_(m.bias)
     for i, block in enumerate(getattr(module, "blocks", [])):
         with torch.no_grad():

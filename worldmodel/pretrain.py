@@ -12,6 +12,10 @@ them, blurred. The mask predictor is content with features that say what their o
 room only for where things are, and a blurred picture of a small thing tells its way to a place where it is not yet. With
 `summary_views` it draws, from what the encoder saw in its own view, what other cameras saw at that moment: that takes
 knowing how far away things are.
+
+Pixels are no harder to tell from features that know nothing of which way a thing is turned. `edge_weight` has a linear map tell
+from each visible token how strong the edges in its patch are in each direction (HOG as a target: MaskFeat, arXiv 2112.09133), and
+the bottleneck's pictures have such edges beside their colours.
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ from worldmodel.training import MODULE, Run, Stepper, check_run, effective_rank,
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
+EDGE_FLOOR = 0.05  # the same of an entry of an edge histogram
+DIRECTIONS = 8  # of edges, in half a turn
+FAINT = 0.3  # an edge histogram of this size counts half
+WHITENED_AT_ONCE = 128  # frames; bounds memory
 KIND = "pretraining"  # of its checkpoints
 _PLACE = 96  # sines and cosines of a place that the summary predictor knows
 
@@ -53,6 +61,7 @@ class PretrainConfig:
     summary_weight: float = 0.0  # adds the loss of blurred frames drawn from a bottleneck
     summary_dim: int = 64  # numbers in the bottleneck
     summary_views: int = 0  # views that are drawn from it, side by side in the data, the encoder's first; 0: the encoder's
+    edge_weight: float = 0.0  # adds the loss of edge histograms told by visible tokens, and edges to what is drawn from the bottleneck
     frames: int = 4  # per clip; 1 is image mode
     stride: int = 2  # environment steps between the frames of a clip
     image_share: float = 0.5  # share of the steps that train on single frames
@@ -76,7 +85,7 @@ class PretrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
         check_run(self.rate, self.seed)
-        for name in ("pixel_weight", "visible_weight", "summary_weight"):
+        for name in ("pixel_weight", "visible_weight", "summary_weight", "edge_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.predictor_dim % (2 * self.predictor_heads):
@@ -156,10 +165,10 @@ class SummaryPredictor(nn.Module):
         self.place = nn.Linear(_PLACE, dim)
         self.modulate = nn.ModuleList(nn.Linear(config.summary_dim, 2 * dim) for _ in range(2))
         self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
-        self.to_cells = nn.Linear(dim, 3 * cells_of(config.encoder) ** 2)
+        self.to_cells = nn.Linear(dim, channels_of(config) * cells_of(config.encoder) ** 2)
 
     def forward(self, seen: Tensor, where: Tensor) -> Tensor:
-        """Features seen [B, V, D], places where [L, 3] -> [B, L, 3 * cells^2], as `blurred`."""
+        """Features seen [B, V, D], places where [L, 3] -> [B, L, channels * cells^2], as `blurred`."""
         pooled = self.score(seen).softmax(1).transpose(1, 2) @ seen  # [B, heads, D]
         values = torch.bmm(pooled.transpose(0, 1), self.value).transpose(0, 1).flatten(1)
         summary = self.squeeze(values)  # [B, summary_dim]
@@ -174,15 +183,59 @@ def cells_of(config: EncoderConfig) -> int:
     return next(n for n in (3, 4, 2, 1) if config.patch_size % n == 0)
 
 
-def blurred(clips: Tensor, config: EncoderConfig) -> Tensor:
-    """Clips uint8 [B, T, h, w, 3] as coarse, blurred pictures of their tubelets: float32 [B, L, 3 * cells^2]."""
+def edge_cells(config: EncoderConfig) -> int:
+    """Cells along a patch's side that have an edge histogram each."""
+    return 2 if config.patch_size % 2 == 0 else 1
+
+
+def channels_of(config: PretrainConfig) -> int:
+    """Channels of a blurred picture: colours, and edges by direction if they count."""
+    return 3 + DIRECTIONS * (config.edge_weight > 0)
+
+
+def edges(pictures: Tensor) -> Tensor:
+    """How strong the edges in pictures [N, 3, h, n * h] of n views are, by direction: [N, DIRECTIONS, h, n * h].
+
+    Of the colour that changes most; an edge between two of the directions counts for both by its nearness.
+    """
+    count, height = len(pictures), pictures.shape[2]
+    x = pictures.unflatten(3, (-1, height)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # a view's border is no edge
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    across, down = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2], x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
+    strongest = (across.square() + down.square()).argmax(1, keepdim=True)
+    across, down = across.gather(1, strongest), down.gather(1, strongest)
+    turn = torch.atan2(down, across) * (DIRECTIONS / torch.pi) - torch.arange(DIRECTIONS, device=x.device)[:, None, None]
+    off = (turn + DIRECTIONS / 2) % DIRECTIONS - DIRECTIONS / 2  # from each direction, in steps of them
+    x = torch.hypot(across, down) * (1 - off.abs()).clamp_min(0)
+    return x.unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def histograms(clips: Tensor, config: EncoderConfig) -> Tensor:
+    """Edges by direction in the cells of each patch of clips uint8 [B, T, h, w, 3]: float32 [B, L, cells^2 * DIRECTIONS], normed."""
+    cells = edge_cells(config)
+    x = F.avg_pool2d(edges(scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)), config.patch_size // cells)
+    x = in_tubelets(x, clips, cells, config)
+    return x / (x.norm(dim=-1, keepdim=True) + FAINT)
+
+
+def blurred(clips: Tensor, config: EncoderConfig, with_edges: bool = False) -> Tensor:
+    """Clips uint8 [B, T, h, w, 3] as coarse, blurred pictures of their tubelets: float32 [B, L, channels * cells^2]."""
     cells = cells_of(config)
-    x = scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, 3, h, w]
-    x = F.avg_pool2d(x, config.patch_size // cells)
+    sharp = scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, 3, h, w]
+    size = config.patch_size // cells  # of a cell
+    x = F.avg_pool2d(sharp, size)
+    if with_edges:  # of half as large a picture, where that goes, which takes a quarter of the time
+        less = 2 if size % 2 == 0 else 1
+        x = torch.cat((x, F.avg_pool2d(edges(F.avg_pool2d(sharp, less)), size // less)), 1)
     for _ in range(2):
         x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-    x = x.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).permute(0, 2, 4, 1, 3, 5)  # [B * T, rows, columns, 3, ...]
-    x = x.flatten(3).flatten(1, 2).unflatten(0, clips.shape[:2])  # [B, T, P, 3 * cells^2]
+    return in_tubelets(x, clips, cells, config)
+
+
+def in_tubelets(x: Tensor, clips: Tensor, cells: int, config: EncoderConfig) -> Tensor:
+    """Pictures [B * T, channels, rows * cells, columns * cells] of clips [B, T, ...] by tubelets, their mean: [B, L, channels * cells^2]."""
+    x = x.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).permute(0, 2, 4, 1, 3, 5)  # [B * T, rows, columns, channels, ...]
+    x = x.flatten(3).flatten(1, 2).unflatten(0, clips.shape[:2])  # [B, T, P, channels * cells^2]
     tube = min(clips.shape[1], config.tubelet_size)
     return x.unflatten(1, (-1, tube)).mean(2).flatten(1, 2)
 
@@ -198,6 +251,8 @@ class Pretraining(nn.Module):
         self.encoder = VideoEncoder(config.encoder)
         self.predictor = MaskPredictor(config)
         self.summary = SummaryPredictor(config) if config.summary_weight else None
+        told = edge_cells(config.encoder) ** 2 * DIRECTIONS
+        self.to_edges = nn.Linear(config.encoder.embed_dim, told) if config.edge_weight else None
         torch.set_rng_state(torch_state)
         self.teacher = None
         if config.target != "pixels":
@@ -207,8 +262,10 @@ class Pretraining(nn.Module):
         drawn = config.drawn[0] * config.drawn[1]
         sizes = {
             "pixel": (config.encoder.patches, 3 * config.encoder.patch_size**2),
-            "blurred": (drawn, 3 * cells_of(config.encoder) ** 2),
+            "blurred": (drawn, channels_of(config) * cells_of(config.encoder) ** 2),
         }
+        if config.edge_weight:
+            sizes["edge"] = config.encoder.patches, told
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -242,14 +299,20 @@ class Pretraining(nn.Module):
         pixels = scaled(patchify(self.own(frames[:, None]), self.config.encoder))  # [M, P, 3 * patch^2]
         self.pixel_mean.copy_(pixels.mean(0))
         self.pixel_std.copy_(pixels.std(0).clamp_min(PIXEL_FLOOR))
-        coarse = blurred(frames[:, None], self.config.encoder)
+        parts = [part[:, None] for part in frames.split(WHITENED_AT_ONCE)]
+        coarse = torch.cat([blurred(part, self.config.encoder, self.config.edge_weight > 0) for part in parts])
         self.blurred_mean.copy_(coarse.mean(0))
         self.blurred_std.copy_(coarse.std(0).clamp_min(BLURRED_FLOOR))
+        if self.to_edges is not None:
+            told = torch.cat([histograms(self.own(part), self.config.encoder) for part in parts])
+            self.edge_mean.copy_(told.mean(0))
+            self.edge_std.copy_(told.std(0).clamp_min(EDGE_FLOOR))
 
     def loss(self, clips: Tensor, masks: Masks) -> dict[str, Tensor]:
         """Losses of clips uint8 [B, T, h, w, 3], all views; `loss` is the one to minimise."""
         config = self.config
-        patches = patchify(self.own(clips), config.encoder)  # [B, L, C]
+        own = self.own(clips)
+        patches = patchify(own, config.encoder)  # [B, L, C]
         where = positions(patches.shape[1] // config.encoder.patches, config.encoder.grid, clips.device)
         index, split = torch.cat(masks, 1), masks.visible.shape[1]
         seen = self.encoder(patches, masks.visible)
@@ -264,9 +327,12 @@ class Pretraining(nn.Module):
             target = self._whitened(patches)
             out["pixels"] = self._spread(self.predictor.error("pixels", filled, take(target, index)), split)
         out["loss"] = out.get("latent", 0) + (1.0 if self.teacher is None else config.pixel_weight) * out.get("pixels", 0)
+        if self.to_edges is not None:
+            target = _by_place(histograms(own, config.encoder), self.edge_mean, self.edge_std)
+            out["edges"] = (self.to_edges(seen).float() - take(target, masks.visible)).square().mean()
+            out["loss"] = out["loss"] + config.edge_weight * out["edges"]
         if self.summary is not None:
-            target = blurred(clips, config.encoder).unflatten(1, (-1, len(self.blurred_mean)))  # [B, t, patches, C]
-            target = ((target - self.blurred_mean) / self.blurred_std).flatten(1, 2)
+            target = _by_place(blurred(clips, config.encoder, config.edge_weight > 0), self.blurred_mean, self.blurred_std)
             where = positions(len(target[0]) // len(self.blurred_mean), config.drawn, clips.device)
             out["summary"] = (self.summary(seen, where).float() - target).square().mean()
             out["loss"] = out["loss"] + config.summary_weight * out["summary"]
@@ -295,6 +361,11 @@ class Pretraining(nn.Module):
     def result(self) -> VideoEncoder:
         """The encoder to keep: the EMA where there is one (as V-JEPA), else the context encoder."""
         return self.teacher if self.config.target == "ema" else self.encoder
+
+
+def _by_place(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Tokens [B, L, C] in units of their deviation [P, C] from the mean at their place."""
+    return ((x.unflatten(1, (-1, len(mean))) - mean) / std).flatten(1, 2)
 
 
 def health(encoder: VideoEncoder, pixels: Tensor) -> dict[str, float]:

@@ -44,6 +44,9 @@ class Config:
     summary_views: int = 0
     """cameras that are drawn from it, when the data has more, side by side, than the first --views, which the encoder sees
     (0: those that it sees)"""
+    edge_weight: float = 0.0
+    """weight of the loss of edges, by direction, that a linear map tells from visible patches; the bottleneck draws them too. It teaches
+    which way things are turned"""
     image_size: int = 96
     """height and width of one view (pixels), as the data has it"""
     views: int = 1
@@ -58,6 +61,8 @@ class Config:
     """attention heads of the encoder; divides --embed-dim"""
     stem: int = 0
     """hidden units of a two-layer patch embedding, which finds small things sooner; 0: one linear map, as V-JEPA 2"""
+    conv: int = 0
+    """channels of the first of three convolutions over the picture, before --stem; 0: none"""
     vjepa2_layout: bool = False
     """positions as V-JEPA 2 has them, rotary ones alone: `worldmodel convert --to transformers` takes such an encoder if it
     has no --stem"""
@@ -114,7 +119,7 @@ def recipe(config: Config):
     layout = {"absolute": False, "rope_base": 10000.0, "rope_tiled": True} if config.vjepa2_layout else {}
     encoder = EncoderConfig(
         config.image_size, config.views, config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
-        num_heads=config.num_heads, stem=config.stem, **layout,
+        num_heads=config.num_heads, stem=config.stem, conv=config.conv, **layout,
     )  # fmt: skip
     return PretrainConfig(encoder=encoder, **shared(config, PretrainConfig))
 
