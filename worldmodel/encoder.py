@@ -37,7 +37,8 @@ class EncoderConfig:
     rope_tiled: bool = False  # an entry's frequency is that of its index modulo half the part, as V-JEPA 2's released code
     # has it; else neighbours, which turn together, have the same one
     stem: int = 0  # hidden units of a two-layer patch embedding; 0: one linear map, as V-JEPA 2
-    conv: int = field(default=0, repr=False)  # channels of the first of convolutions before a stem; 0: none. No part of fingerprints without
+    conv: int = field(default=0, repr=False)  # channels of the first of three convolutions before a stem; 0: none. Not in the
+    # repr, of which fingerprints are made: those of encoders without stay what they were
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue in 0..1: pixels are normalised by (x / 255 - mean) / std
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     resize: int = 0  # `encode` resizes a picture's shorter side to it and crops the middle; 0: pictures have image_size
@@ -46,7 +47,10 @@ class EncoderConfig:
         if self.stem < 0 or self.conv < 0:
             raise ValueError(f"stem is {self.stem} and conv {self.conv}: expected at least 0")
         if self.conv and (not self.stem or self.patch_size % 4):
-            raise ValueError(f"conv is {self.conv}, stem {self.stem}, patch_size {self.patch_size}: convolutions lead to a stem, and halve twice; give --stem 256, and a patch_size that is a multiple of 4")
+            raise ValueError(
+                f"conv is {self.conv} with stem {self.stem} and patch_size {self.patch_size}: convolutions lead to a stem and halve twice; "
+                "give --stem 256, say, and a patch_size that is a multiple of 4"
+            )
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:

@@ -13,7 +13,7 @@ room only for where things are, and a blurred picture of a small thing tells its
 `summary_views` it draws, from what the encoder saw in its own view, what other cameras saw at that moment: that takes
 knowing how far away things are.
 
-Pixels are no harder to tell from features that know nothing of which way a thing is turned. `edge_weight` has a linear map tell
+Features from which a small thing's pixels can be drawn may still hide which way it is turned. `edge_weight` has a linear map tell
 from each visible token how strong the edges in its patch are in each direction (HOG as a target: MaskFeat, arXiv 2112.09133), and
 the bottleneck's pictures have such edges beside their colours.
 """
