@@ -324,7 +324,7 @@ def test_a_world_that_does_not_wait_runs_the_last_plan_while_a_decision_is_late(
 def test_a_benchmark_in_real_time_counts_what_came_late(model_file, tmp_path):
     with pytest.raises(ValueError, match="leave it at 1"):
         Config(tmp_path / "run", realtime=True, replan=2)
-    with pytest.raises(ValueError, match="no gate that refuses by chance"):
+    with pytest.raises(ValueError, match="takes no gate that refuses by chance"):
         Config(tmp_path / "run", realtime=True, gate="random", abstain=0.5)
     config = Config(tmp_path / "run", model=model_file, realtime=True, episodes=1, max_steps=4, samples=4, iterations=1, elites=2)
     summary = bench.run(config)

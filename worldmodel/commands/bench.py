@@ -142,7 +142,7 @@ class Config:
     realtime: bool = False
     """the simulator does not wait: a decision's action begins one step after its picture, or later where decisions take longer
     than a step's 0.2 s, and until then the last plan runs on. A gate judges a plan's first step when it is decided, and not by
-    surprise: what it had imagined was of a later picture"""
+    surprise: what it had imagined was of a later picture; further steps, where the next decision is late, run unjudged"""
     trajectory: Path | None = None
     """a recorded robot trajectory (.npz, as `worldmodel energy` takes it) instead of episodes: every step is planned from its
     picture to the next, one step ahead, and compared with what was recorded"""
@@ -181,7 +181,7 @@ class Config:
         if self.realtime and self.replan > 1:
             raise ValueError(f"replan is {self.replan}: with --realtime plans are made as often as they can be; leave it at 1")
         if self.realtime and (self.policy != "planner" or self.gate == "random" or self.env.id or self.trajectory):
-            raise ValueError("--realtime is for the planner in the robot's tasks, and no gate that refuses by chance")
+            raise ValueError("--realtime is for the planner in the robot's tasks, and takes no gate that refuses by chance")
         if self.record and self.trajectory:
             raise ValueError("--record keeps episodes, and --trajectory plays none; leave one out")
         if self.device != "cpu" and (self.policy != "planner" or self.trajectory):

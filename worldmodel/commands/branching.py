@@ -97,8 +97,9 @@ def _different(world: LatentModel, pictures: np.ndarray) -> tuple[Tensor, float]
 def judge(world: LatentModel, steps: list[Step], seed: int = 0) -> dict[str, dict[str, float]]:
     """Of steps that branch and of steady ones, of which no more count: means of what z carries and of L1 errors of features.
 
-    `nats`: of the posterior over the prior. `draws`: what the draws alone leave open. Errors of the prior's mean, the best of SAMPLES of the prior, the posterior's
-    mean, and the posterior's of another such step, in `patches` on average. `spread`: deviation over the samples, of all.
+    `nats`: of the posterior over the prior. `draws`: what the draws alone leave open. Errors of the prior's mean, the best of
+    SAMPLES of the prior, the posterior's mean, and the posterior's of another such step, in `patches` on average. `spread`:
+    deviation over the samples, of all.
     """
     generator, out = torch.Generator().manual_seed(seed), {}
     some = [s for s in steps if s.apart > BRANCHES]

@@ -137,8 +137,8 @@ def report(result: dict) -> str:
                      f"the probe on true pictures {row['share_seen']:.1%}")  # fmt: skip
     if not result["grasps"]:
         lines.append("no such sequence: take more --episodes")
+    keys = "draws", "mean", "best", "posterior", "shuffled", "spread"
     if result["latent"]:
-        keys = "draws", "mean", "best", "posterior", "shuffled", "spread"
         lines += ["", "z: L1 of features of what the draws alone leave open, with z at the prior's mean, the best of the prior's samples, the posterior's",
                   "mean, another step's, where steps that branch look different by how they end, and in all patches of steady ones; spread over all"]  # fmt: skip
         lines.append(f"{'':10}steps patches   nats" + "".join(f"{key:>11}" for key in keys))
