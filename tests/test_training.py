@@ -152,17 +152,20 @@ def test_edges_are_told_by_direction_and_a_views_border_is_none():
     for angle, directions in ((0, {0: 1.0}), (45, {2: 1.0}), (90, {4: 1.0}), (157.5, {7: 1.0}), (11.25, {0: 0.5, 1: 0.5})):
         turn = torch.deg2rad(torch.tensor(angle))
         picture = (x * torch.cos(turn) + y * torch.sin(turn))[None, None].expand(1, 3, -1, -1)  # rises in that direction
-        told = edges(picture)[0, :, 12, 12]
-        assert told.shape == (8,) and told.sum() == pytest.approx(2.0, abs=1e-4)
+        told = edges(picture)[0, :, 12, 12].unflatten(0, (3, 8))
+        assert told.sum(1) == pytest.approx([2.0] * 3, abs=1e-4)
         for i, share in directions.items():
-            assert told[i] == pytest.approx(2.0 * share, abs=1e-3)
+            assert told[:, i] == pytest.approx([2.0 * share] * 3, abs=1e-3)
     assert edges(torch.cat((torch.zeros(1, 3, 24, 24), torch.ones(1, 3, 24, 24)), 3)).abs().max() == 0
+    stairs = (2 * y > x).float()[None, None].expand(1, 3, -1, -1)  # an edge of 26.6 degrees, drawn without antialiasing
+    sharp, smooth = (edges(stairs, n)[0, :8, 4:20, 4:20].sum((1, 2)) for n in (0, 2))
+    assert sharp[5] == 0 and smooth.argmax() == 5, "smoothed, it leads where it lies; jagged, along pixels' sides and diagonals"
     frame = torch.randint(0, 256, (2, 1, 24, 24, 3), dtype=torch.uint8)
     found = histograms(frame, TINY)
-    assert found.shape == (2, 9, 32) and 0.5 < found.norm(dim=-1).min() and found.norm(dim=-1).max() < 1
+    assert found.shape == (2, 9, 96) and 0.5 < found.norm(dim=-1).min() and found.norm(dim=-1).max() < 1
     torch.testing.assert_close(histograms(frame.expand(-1, 2, -1, -1, -1), TINY), found)
     colours, both = blurred(frame, TINY), blurred(frame, TINY, with_edges=True)
-    assert both.shape == (2, 9, 11 * 16)
+    assert both.shape == (2, 9, 27 * 16)
     torch.testing.assert_close(both[..., : 3 * 16], colours)
 
 

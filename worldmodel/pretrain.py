@@ -40,6 +40,7 @@ PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixel
 BLURRED_FLOOR = 0.02  # the same of a blurred one
 EDGE_FLOOR = 0.05  # the same of an entry of an edge histogram
 DIRECTIONS = 8  # of edges, in half a turn
+SMOOTH = 2  # times a picture is smoothed before: edges drawn without antialiasing are stairs, which lead along pixels alone
 FAINT = 0.3  # an edge histogram of this size counts half
 WHITENED_AT_ONCE = 128  # frames; bounds memory
 KIND = "pretraining"  # of its checkpoints
@@ -189,29 +190,30 @@ def edge_cells(config: EncoderConfig) -> int:
 
 
 def channels_of(config: PretrainConfig) -> int:
-    """Channels of a blurred picture: colours, and edges by direction if they count."""
-    return 3 + DIRECTIONS * (config.edge_weight > 0)
+    """Channels of a blurred picture: colours, and edges of each by direction if they count."""
+    return 3 * (1 + DIRECTIONS * (config.edge_weight > 0))
 
 
-def edges(pictures: Tensor) -> Tensor:
-    """How strong the edges in pictures [N, 3, h, n * h] of n views are, by direction: [N, DIRECTIONS, h, n * h].
+def edges(pictures: Tensor, smooth: int = SMOOTH) -> Tensor:
+    """How strong each colour's edges in pictures [N, 3, h, n * h] of n views are, by direction: [N, 3 * DIRECTIONS, h, n * h].
 
-    Of the colour that changes most; an edge between two of the directions counts for both by its nearness.
+    An edge between two of the directions counts for both by its nearness.
     """
     count, height = len(pictures), pictures.shape[2]
     x = pictures.unflatten(3, (-1, height)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # a view's border is no edge
+    for _ in range(smooth):
+        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     across, down = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2], x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
-    strongest = (across.square() + down.square()).argmax(1, keepdim=True)
-    across, down = across.gather(1, strongest), down.gather(1, strongest)
+    across, down = across[:, :, None], down[:, :, None]
     turn = torch.atan2(down, across) * (DIRECTIONS / torch.pi) - torch.arange(DIRECTIONS, device=x.device)[:, None, None]
     off = (turn + DIRECTIONS / 2) % DIRECTIONS - DIRECTIONS / 2  # from each direction, in steps of them
-    x = torch.hypot(across, down) * (1 - off.abs()).clamp_min(0)
+    x = (torch.hypot(across, down) * (1 - off.abs()).clamp_min(0)).flatten(1, 2)
     return x.unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def histograms(clips: Tensor, config: EncoderConfig) -> Tensor:
-    """Edges by direction in the cells of each patch of clips uint8 [B, T, h, w, 3]: float32 [B, L, cells^2 * DIRECTIONS], normed."""
+    """Edges by colour and direction in the cells of each patch of clips uint8 [B, T, h, w, 3]: float32 [B, L, 3 * DIRECTIONS * cells^2], normed."""
     cells = edge_cells(config)
     x = F.avg_pool2d(edges(scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)), config.patch_size // cells)
     x = in_tubelets(x, clips, cells, config)
@@ -226,7 +228,7 @@ def blurred(clips: Tensor, config: EncoderConfig, with_edges: bool = False) -> T
     x = F.avg_pool2d(sharp, size)
     if with_edges:  # of half as large a picture, where that goes, which takes a quarter of the time
         less = 2 if size % 2 == 0 else 1
-        x = torch.cat((x, F.avg_pool2d(edges(F.avg_pool2d(sharp, less)), size // less)), 1)
+        x = torch.cat((x, F.avg_pool2d(edges(F.avg_pool2d(sharp, less), SMOOTH // less), size // less)), 1)
     for _ in range(2):
         x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
     return in_tubelets(x, clips, cells, config)
@@ -251,7 +253,7 @@ class Pretraining(nn.Module):
         self.encoder = VideoEncoder(config.encoder)
         self.predictor = MaskPredictor(config)
         self.summary = SummaryPredictor(config) if config.summary_weight else None
-        told = edge_cells(config.encoder) ** 2 * DIRECTIONS
+        told = 3 * DIRECTIONS * edge_cells(config.encoder) ** 2
         self.to_edges = nn.Linear(config.encoder.embed_dim, told) if config.edge_weight else None
         torch.set_rng_state(torch_state)
         self.teacher = None
@@ -334,7 +336,8 @@ class Pretraining(nn.Module):
         if self.summary is not None:
             target = _by_place(blurred(clips, config.encoder, config.edge_weight > 0), self.blurred_mean, self.blurred_std)
             where = positions(len(target[0]) // len(self.blurred_mean), config.drawn, clips.device)
-            out["summary"] = (self.summary(seen, where).float() - target).square().mean()
+            error = (self.summary(seen, where).float() - target).square().unflatten(2, (channels_of(config), -1))
+            out["summary"] = error[:, :, :3].mean() + (error[:, :, 3:].mean() if config.edge_weight else 0.0)
             out["loss"] = out["loss"] + config.summary_weight * out["summary"]
         return out
 
