@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from worldmodel import data
-from worldmodel.commands import bench, cli, collect, workers
+from worldmodel.commands import bench, cli, collect, throughput, workers
 from worldmodel.model import load
 
 ROOT = Path(__file__).parent.parent
@@ -645,3 +645,9 @@ def test_two_cameras_from_collect_to_speed(tmp_path, capfd):
     recording = tmp_path / "recording.npz"
     np.savez(recording, observations=played["pixels"][None, :, :20, :40], states=played["proprio"][None])
     assert "expected 48 and 24, those of 2 cameras" in refuse(capfd, "energy", "--model", model, "--trajectory", recording, "--out", tmp_path / "energy")
+
+
+def test_benchmarks_are_timed_with_one_and_two_processes():
+    config = bench.Config(out=Path("."), policy="random", max_steps=3)
+    told = throughput.playing(config, few=1, many=4)["bench_decisions_per_second"]
+    assert list(told) == ["1", "2"] and all(np.isfinite(list(told.values())))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from worldmodel import files
 from worldmodel.commands import bench
 from worldmodel.commands.others import lewm, precision_used, timed, vjepa2_ac
-from worldmodel.commands.throughput import MANY, collecting, counted, several, training
+from worldmodel.commands.throughput import MANY, collecting, counted, playing, several, training
 
 GROWTH = {  # a decade each
     "candidates": (16, 32, 64, 160),
@@ -60,7 +60,8 @@ class Config:
     growth: bool = True
     """also time how a decision grows with candidates, horizon, samples of z and tokens"""
     training: bool = True
-    """also time training steps of encoder and predictor, collecting with one and two workers, and deciding for eight environments"""
+    """also time training steps of encoder and predictor, collecting and benchmarking with one and two workers, and deciding for eight
+    environments"""
     threads: int = 2
     """processor threads"""
 
@@ -104,7 +105,7 @@ def _timed(config: Config) -> dict:
     ]
     steps += [lewm, vjepa2_ac] if config.peers else []
     steps += [lambda: {"growth": grown(player.model, played)}] if config.growth else []
-    steps += [lambda: training(player.model), collecting, lambda: several(player)] if config.training else []
+    steps += [lambda: training(player.model), collecting, lambda: several(player), lambda: playing(played)] if config.training else []
     result = {"model": str(played.model), "samples": played.samples, "iterations": played.iterations, "horizon": played.horizon}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of random weights and inputs, whose values no time depends on
@@ -336,6 +337,8 @@ def report(result: dict) -> str:
             rows[told] = f"{result[f'{name}_per_second']:.0f} {unit}, {result[f'{name}_share_of_peak']:.0%} of the peak"
     if "collect_steps_per_second" in result:
         rows["collecting"] = ", ".join(f"{value:.0f} steps/s by {n}" for n, value in result["collect_steps_per_second"].items())
+    if "bench_decisions_per_second" in result:
+        rows["benchmarking"] = ", ".join(f"{value:.1f} decisions/s by {n}" for n, value in result["bench_decisions_per_second"].items())
     if "decisions_per_second" in result:
         one, many = result["decisions_per_second"].items()
         rows["deciding"] = f"{one[1]:.1f} decisions/s for one environment, {many[1]:.1f} for {many[0]} at once, {many[1] / one[1]:.1f} times as many"

@@ -1,7 +1,9 @@
-"""How much gets done in a second: training steps, collected steps, decisions for many environments."""
+"""How much gets done in a second: training steps, collected steps, episodes played, decisions for many environments."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import tempfile
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+from worldmodel.commands import bench
 from worldmodel.commands.others import timed
 
 MANY, FIRST, TIMED = 8, 4, 12  # environments; steps before the clock runs, and while it does
@@ -84,6 +87,25 @@ def collecting(episodes: int = 120) -> dict:
             result = collect.run(collect.Config(out=Path(folder, "data"), task="pick-place", episodes=episodes, workers=workers))
             out[str(workers)] = result["steps_per_second"]
     return {"collect_steps_per_second": out}
+
+
+def playing(config: bench.Config, few: int = 2, many: int = 12) -> dict:
+    """Decisions/s, with all that comes with them, of benchmarking with one and with two processes of one thread each.
+
+    Of `many` episodes for each process, less what `few` take: processes have to start.
+    """
+    out = {}
+    for workers in (1, 2):
+        seconds, decisions = [], []
+        for episodes in (few * workers, many * workers):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                bench.run(dataclasses.replace(config, out=Path(folder, "bench"), episodes=episodes, workers=workers, threads=1))
+                seconds.append(time.perf_counter() - start)
+                played = json.loads(Path(folder, "bench", "results.json").read_text())["episodes"]
+                decisions.append(sum(episode["steps"] for episode in played))
+        out[str(workers)] = (decisions[1] - decisions[0]) / (seconds[1] - seconds[0])
+    return {"bench_decisions_per_second": out}
 
 
 def several(player) -> dict:
