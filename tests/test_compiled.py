@@ -58,6 +58,7 @@ def compiled(predictor: Predictor, dtype: torch.dtype, now: Features, cache, *ot
 @pytest.mark.parametrize(("b", "m", "horizon", "past", "sizes"), [
     (1, 3, 5, 0, {}), (1, 3, 5, 1, {}), (1, 1, 1, 2, {}), (1, 65, 2, 2, {}), (2, 3, 5, 2, {}), (3, 1, 2, 1, {}),
     (1, 3, 5, 2, {"merge": 1}), (2, 3, 2, 2, {"merge": 4}), (1, 3, 4, 0, {"window": 1}), (2, 2, 4, 1, {"window": 2}), (1, 2, 3, 2, {"grid": (4, 8)}),
+    (1, 3, 3, 2, {"gated": True}), (2, 3, 3, 1, {"hidden": 20}), (2, 2, 3, 2, {"hidden": 20, "gated": True, "merge": 1}),
 ])  # fmt: skip
 def test_what_is_compiled_imagines_the_same(b, m, horizon, past, sizes):
     predictor = noisy(Predictor(replace(SIZES, **sizes)))

@@ -210,8 +210,12 @@ class Graph:
                 x, known[i] = self._block(self.blocks[i], x, modulation, turn[2 * h : 2 * h + 2], known[i], there)
             x = ops.add(ops.multiply(self._norm(x), self.scale), self.shift)
             first, others = ops.variadic_split(x, np.array(1), np.array([1, tokens - 1])).outputs()
-            change = self._shaped(ops.add(self.to_features(others), squares), -1, tokens - 1, side * side, feature)
-            squares = self._shaped(self._norm(change, 1e-5), -1, tokens - 1, square)  # torch's eps where none is given
+            told, now = self.to_features(others), self._shaped(squares, -1, tokens - 1, side * side, feature)
+            if config.gated:
+                told, stays = ops.variadic_split(told, np.array(2), np.array([square, side * side])).outputs()
+                now = ops.multiply(now, self._shaped(ops.add(stays, np.ones(1, np.float32)), -1, tokens - 1, side * side, 1))
+            changed = ops.add(self._shaped(told, -1, tokens - 1, side * side, feature), now)
+            squares = self._shaped(self._norm(changed, 1e-5), -1, tokens - 1, square)  # torch's eps where none is given
             proprio = ops.add(proprio, self._shaped(self.to_proprio(first), -1, config.proprio_dim))
             shown.append(self._shaped(squares, -1, 1, rows, columns, side, side, feature))
             felt.append(self._shaped(proprio, -1, 1, config.proprio_dim))
@@ -261,7 +265,11 @@ class Graph:
         ops, weight, bias = self.ops, self._constant(weight), self._constant(bias)
         return lambda x: ops.add(ops.matmul(x, weight, False, True), bias)
 
-    def _map(self, linear: nn.Linear) -> Callable:
+    def _map(self, linear: nn.Linear | nn.Sequential) -> Callable:
+        """A linear map, or two with GELU between them."""
+        if isinstance(linear, nn.Sequential):
+            first, last = self._map(linear[0]), self._map(linear[-1])
+            return lambda x: last(self.ops.gelu(first(x), "erf"))
         return self._linear(linear.weight, linear.bias)
 
     def _constant(self, x: Tensor):

@@ -41,7 +41,7 @@ class Imaginer:
         [B, M, H, Z] that the prior maps to z -> patches [B, M, H, P, D] and proprio [B, M, H, S].
         """
         model, config, dtype = self.predictor, self.config, self.predictor.dtype
-        (b, m, horizon), size, past = actions.shape[:3], config.merge**2, cache[0][0].shape[2] // model.tokens if cache else 0
+        (b, m, horizon), past = actions.shape[:3], cache[0][0].shape[2] // model.tokens if cache else 0
         actions, noise = actions.flatten(0, 1), noise.flatten(0, 1)
         squares = merged(now.patches[:, None], config.grid, config.merge)[:, 0].float()  # of all courses of a problem, at first
         proprio, shown, felt = repeated(model.normalise(now.proprio), m), [], []
@@ -53,8 +53,7 @@ class Imaginer:
             condition = torch.cat((action, proprio, prior.sample(noise[:, h])), -1).to(dtype)
             x = torch.cat((model.proprio_embed(proprio.to(dtype))[:, None], repeated(model.embed(seen) + model.place, times)), 1)
             x = model.norm(self._blocks(x, condition, turns(config, start + h, 1, dtype, x.device), rings, past + h))
-            change = model.to_features(x[:, 1:].contiguous()).float().add_(repeated(squares, times))
-            squares = F.layer_norm(change.unflatten(-1, (size, -1)), (config.feature_dim,)).flatten(-2)
+            squares = model.after(repeated(squares, times), model.to_features(x[:, 1:].contiguous()))
             proprio = proprio + model.to_proprio(x[:, 0].contiguous())
             shown.append(squares)
             felt.append(proprio)

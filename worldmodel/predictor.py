@@ -4,7 +4,8 @@ Each frame is one proprioception token and P / merge^2 tokens, each of merge x m
 the predictor's, and its time is its tokens'. A frame looks at itself and at the frames before it
 (V-JEPA 2-AC, arXiv 2506.09985, section 3.1); action and z modulate every layer (AdaLN, DiT, arXiv 2212.09748, which
 JEPA-WMs, arXiv 2512.24497, found best for this); positions are rotary. The next features are the present ones plus a
-learned change, layer-normed, so that standing still costs nothing.
+learned change, layer-normed, so that standing still costs nothing. A change has no more dimensions than a token, fewer than the
+features of its patches, and so cannot take away all that was there: a `gated` predictor tells of each patch how much stays.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class PredictorConfig:
     mlp_ratio: float = 4.0
     window: int = 3  # frames that a frame sees, itself included
     rope_base: float = 100.0
+    hidden: int = 0  # units of a layer between a token's features and its embedding, and back; 0: linear maps
+    gated: bool = False  # how much of each patch stays is told, beside what comes
 
     @property
     def context(self) -> int:
@@ -48,8 +51,8 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
-        if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
-            raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
+        if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1 or self.hidden < 0:
+            raise ValueError(f"expected depth, window and dimensions of at least 1, and hidden units of at least 0, got {self}")
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}; give --merge 1, or pictures of other sizes")
         if self.embed_dim % (2 * self.num_heads):
@@ -96,7 +99,8 @@ class Predictor(nn.Module):
         self.config = config
         dim, patches, merged = config.embed_dim, config.grid[0] * config.grid[1], config.merge**2
         self.patches, self.tokens = patches, patches // merged + 1  # of one frame
-        self.embed = nn.Linear(config.feature_dim * merged, dim)
+        self.wide = config.feature_dim * merged  # numbers in a token's patches
+        self.embed = mapping(self.wide, config.hidden, dim)
         self.place = nn.Parameter(torch.zeros(self.tokens - 1, dim))  # where a token is: the camera does not move
         self.proprio_embed = nn.Linear(config.proprio_dim, dim)
         condition = config.action_dim + config.proprio_dim
@@ -105,11 +109,12 @@ class Predictor(nn.Module):
             ModulatedBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.to_features = nn.Linear(dim, config.feature_dim * merged)
+        self.to_features = mapping(dim, config.hidden, self.wide + merged * config.gated)
         self.to_proprio = nn.Linear(dim, config.proprio_dim)
         initialise(self)
         nn.init.trunc_normal_(self.place, std=0.02)
-        for head in (self.to_features, self.to_proprio, *(block.modulate for block in self.blocks)):
+        last = self.to_features[-1] if config.hidden else self.to_features
+        for head in (last, self.to_proprio, *(block.modulate for block in self.blocks)):
             nn.init.zeros_(head.weight)
         self.prior = LatentHead(config.feature_dim, patches, 1, condition, config.latent_dim, config.codes)
         self.posterior = LatentHead(config.feature_dim, patches, 2, condition, config.latent_dim, config.codes)
@@ -151,8 +156,8 @@ class Predictor(nn.Module):
         config, steps, dtype = self.config, actions.shape[1], self.dtype
         proprio = self.normalise(now.proprio)
         condition = F.silu(self.condition(torch.cat((actions, proprio, z), -1).to(dtype)))[:, :, None]  # [B, T, 1, dim]
-        squares = self.embed(merged(now.patches.to(dtype), config.grid, config.merge)) + self.place
-        x = torch.cat((self.proprio_embed(proprio.to(dtype))[:, :, None], squares), 2)
+        squares = merged(now.patches.float(), config.grid, config.merge)
+        x = torch.cat((self.proprio_embed(proprio.to(dtype))[:, :, None], self.embed(squares.to(dtype)) + self.place), 2)
         before = cache[0][0].shape[2] // self.tokens if cache else 0
         by = turns(config, start, steps, dtype, x.device)
         mask = causal(before, steps, self.tokens, config.window, x.device)
@@ -161,10 +166,22 @@ class Predictor(nn.Module):
             x, (k, v) = block(x, condition, by, mask, cache[i] if cache else None)
             kept.append((k[:, :, -keep:], v[:, :, -keep:]) if keep else (k[:, :, :0], v[:, :, :0]))
         x = self.norm(x)
-        change = unmerged(self.to_features(x[:, :, 1:].contiguous()), config.grid, config.merge)
-        patches = F.layer_norm(change.float() + now.patches, change.shape[-1:])
+        patches = unmerged(self.after(squares, self.to_features(x[:, :, 1:].contiguous())), config.grid, config.merge)
         moved = proprio + self.to_proprio(x[:, :, 0].contiguous())
         return Features(patches, (moved * self.proprio_std + self.proprio_mean).float()), kept
+
+    def after(self, squares: Tensor, told: Tensor) -> Tensor:
+        """The next squares of patches, float32 [..., merge^2 * D], by the present ones and what `to_features` tells of them."""
+        size = self.config.feature_dim
+        change, now = told[..., : self.wide].float().unflatten(-1, (-1, size)), squares.unflatten(-1, (-1, size))
+        if self.config.gated:
+            now = now * (1 + told[..., self.wide :].float())[..., None]
+        return F.layer_norm(change + now, (size,)).flatten(-2)
+
+
+def mapping(inside: int, hidden: int, outside: int) -> nn.Module:
+    """A map of features, over a layer of hidden units if there are any."""
+    return nn.Sequential(nn.Linear(inside, hidden), nn.GELU(), nn.Linear(hidden, outside)) if hidden else nn.Linear(inside, outside)
 
 
 @functools.lru_cache(64)

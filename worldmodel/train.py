@@ -51,6 +51,8 @@ class TrainConfig:
     latent_dim: int = 8
     codes: bool = False
     window: int = 3
+    hidden: int = 0
+    gated: bool = False
     transitions: int = 4  # per clip
     rollout: int = 2  # steps of imagination from imagined frames that the loss covers, 1 = teacher forcing alone
     rollout_weight: float = 1.0
@@ -223,7 +225,8 @@ def _new_predictor(config: TrainConfig, encoder: Encoder, frames: Frames) -> Pre
     sizes = PredictorConfig(
         feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=frames.proprio.shape[1],
         action_dim=frames.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
-        depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes,
+        depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes, hidden=config.hidden,
+        gated=config.gated,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -52,6 +52,10 @@ class Config:
     """z is one of --latent-dim codes instead of --latent-dim normal numbers"""
     window: int = 3
     """frames that the predictor sees, the present one included"""
+    hidden: int = 0
+    """units of a layer between a token's features and the predictor's width, and back (0: linear maps)"""
+    gated: bool = False
+    """the predictor tells how much of each patch stays, beside what comes: without it, what goes has to be told number by number"""
     transitions: int = 4
     """actions in a training clip (steps of 0.2 s)"""
     rollout: int = 2
