@@ -617,7 +617,7 @@ def test_on_and_off_in_a_preset_are_words(tmp_path, capfd):
     ("collect", ("--env.frame-skip", 2), "--env.frame-skip is of an environment of others"),
     ("collect", ("--env.id", "mine:Mine-v0", "--task", "reach"), "--task is of the robot's tasks"),
     ("pretrain", ("--seed", -1), "seed is -1"), ("pretrain", ("--rate", 0), "rate is 0"), ("pretrain", ("--stem", -1), "stem is -1"),
-    ("train", ("--seed", -1), "seed is -1"), ("train", ("--rate", -1), "rate is -1"), ("hazard", ("--seed", -1), "seed is -1"),
+    ("train", ("--seed", -1), "seed is -1"), ("train", ("--rate", -1), "rate is -1"), ("train", ("--hidden", -1), "hidden is -1"), ("hazard", ("--seed", -1), "seed is -1"),
     ("pretrain", ("--summary-weight", -1), "summary_weight is -1"), ("bench", ("--draw",), "--draw is for --policy imitation"),
     ("bench", ("--env.id", "mine:Mine-v0", "--policy", "random", "--randomization", "light"), "--randomization is of the robot's tasks"),
 ])  # fmt: skip

@@ -84,7 +84,10 @@ def test_a_packed_predictor_is_the_same_one():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("past", "sizes"), [(0, {}), (1, {"codes": True}), (2, {}), (2, {"merge": 1}), (2, {"merge": 4}), (0, {"window": 1}), (2, {"gated": True}), (1, {"hidden": 20, "gated": True})])
+@pytest.mark.parametrize(("past", "sizes"), [
+    (0, {}), (1, {"codes": True}), (2, {}), (2, {"merge": 1}), (2, {"merge": 4}), (0, {"window": 1}), (2, {"gated": True}),
+    (1, {"hidden": 20, "gated": True}),
+])  # fmt: skip
 def test_an_imaginer_imagines_what_its_predictor_does(past, sizes):
     plain = noisy(Predictor(replace(SIZES, **sizes))).eval()
     g = torch.Generator().manual_seed(3)

@@ -51,8 +51,8 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists only
-        if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1 or self.hidden < 0:
-            raise ValueError(f"expected depth, window and dimensions of at least 1, and hidden units of at least 0, got {self}")
+        if min(self.depth, self.window, self.latent_dim, self.action_dim, self.proprio_dim) < 1:
+            raise ValueError(f"expected depth, window and dimensions of at least 1, got {self}")
         if self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise ValueError(f"merge {self.merge} does not divide the grid of patches {self.grid}; give --merge 1, or pictures of other sizes")
         if self.embed_dim % (2 * self.num_heads):

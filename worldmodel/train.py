@@ -72,7 +72,7 @@ class TrainConfig:
         for name in ("transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        for name in ("proprio_weight", "proprio_beta", "free_nats", "information_weight"):
+        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name, most in (("prior_share", 1), ("free_share", 0.5)):
