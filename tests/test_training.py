@@ -17,10 +17,11 @@ from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.model import load
-from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, blurred, edges, histograms, pretrain
+from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, pretrain
 from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
 from worldmodel.probe import Labels, attentive, ridge
+from worldmodel.targets import blurred, edges, histograms
 from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate
 

@@ -34,14 +34,12 @@ from worldmodel.data import Dataset
 from worldmodel.encoder import Block, EncoderConfig, VideoEncoder, initialise, patchify, positions, rotation, scaled, sinusoids, take
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
+from worldmodel.targets import blurred, cells_of, channels_of, edge_numbers, histograms
 from worldmodel.training import MODULE, Run, Stepper, check_run, effective_rank, optimizer_for, placed, set_rate
 
 PIXEL_FLOOR = 0.1  # least deviation of a pixel over the data, of `scaled` pixels: below it is noise
 BLURRED_FLOOR = 0.02  # the same of a blurred one
 EDGE_FLOOR = 0.05  # the same of an entry of an edge histogram
-DIRECTIONS = 8  # of edges, in half a turn
-SMOOTH = 2  # times a picture is smoothed before: edges drawn without antialiasing are stairs, which lead along pixels alone
-FAINT = 0.3  # an edge histogram of this size counts half
 WHITENED_AT_ONCE = 128  # frames; bounds memory
 KIND = "pretraining"  # of its checkpoints
 _PLACE = 96  # sines and cosines of a place that the summary predictor knows
@@ -166,7 +164,7 @@ class SummaryPredictor(nn.Module):
         self.place = nn.Linear(_PLACE, dim)
         self.modulate = nn.ModuleList(nn.Linear(config.summary_dim, 2 * dim) for _ in range(2))
         self.mix = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
-        self.to_cells = nn.Linear(dim, channels_of(config) * cells_of(config.encoder) ** 2)
+        self.to_cells = nn.Linear(dim, channels_of(config.edge_weight > 0) * cells_of(config.encoder) ** 2)
 
     def forward(self, seen: Tensor, where: Tensor) -> Tensor:
         """Features seen [B, V, D], places where [L, 3] -> [B, L, channels * cells^2], as `blurred`."""
@@ -177,69 +175,6 @@ class SummaryPredictor(nn.Module):
         (scale1, shift1), (scale2, shift2) = (m(summary)[:, None].chunk(2, -1) for m in self.modulate)
         x = F.gelu(self.mix[0](F.gelu(place * (1 + scale1) + shift1)))  # [B, L, dim]
         return self.to_cells(x + F.gelu(self.mix[1](x) * (1 + scale2) + shift2))
-
-
-def cells_of(config: EncoderConfig) -> int:
-    """Cells along a patch's side in a blurred picture."""
-    return next(n for n in (3, 4, 2, 1) if config.patch_size % n == 0)
-
-
-def edge_cells(config: EncoderConfig) -> int:
-    """Cells along a patch's side that have an edge histogram each."""
-    return 2 if config.patch_size % 2 == 0 else 1
-
-
-def channels_of(config: PretrainConfig) -> int:
-    """Channels of a blurred picture: colours, and edges of each by direction if they count."""
-    return 3 * (1 + DIRECTIONS * (config.edge_weight > 0))
-
-
-def edges(pictures: Tensor, smooth: int = SMOOTH) -> Tensor:
-    """How strong each colour's edges in pictures [N, 3, h, n * h] of n views are, by direction: [N, 3 * DIRECTIONS, h, n * h].
-
-    An edge between two of the directions counts for both by its nearness.
-    """
-    count, height = len(pictures), pictures.shape[2]
-    x = pictures.unflatten(3, (-1, height)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # a view's border is no edge
-    for _ in range(smooth):
-        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    across, down = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2], x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
-    across, down = across[:, :, None], down[:, :, None]
-    turn = torch.atan2(down, across) * (DIRECTIONS / torch.pi) - torch.arange(DIRECTIONS, device=x.device)[:, None, None]
-    off = (turn + DIRECTIONS / 2) % DIRECTIONS - DIRECTIONS / 2  # from each direction, in steps of them
-    x = (torch.hypot(across, down) * (1 - off.abs()).clamp_min(0)).flatten(1, 2)
-    return x.unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-
-
-def histograms(clips: Tensor, config: EncoderConfig) -> Tensor:
-    """Edges by colour and direction in the cells of each patch of clips uint8 [B, T, h, w, 3]: float32 [B, L, 3 * DIRECTIONS * cells^2], normed."""
-    cells = edge_cells(config)
-    x = F.avg_pool2d(edges(scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)), config.patch_size // cells)
-    x = in_tubelets(x, clips, cells, config)
-    return x / (x.norm(dim=-1, keepdim=True) + FAINT)
-
-
-def blurred(clips: Tensor, config: EncoderConfig, with_edges: bool = False) -> Tensor:
-    """Clips uint8 [B, T, h, w, 3] as coarse, blurred pictures of their tubelets: float32 [B, L, channels * cells^2]."""
-    cells = cells_of(config)
-    sharp = scaled(clips).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, 3, h, w]
-    size = config.patch_size // cells  # of a cell
-    x = F.avg_pool2d(sharp, size)
-    if with_edges:  # of half as large a picture, where that goes, which takes a quarter of the time
-        less = 2 if size % 2 == 0 else 1
-        x = torch.cat((x, F.avg_pool2d(edges(F.avg_pool2d(sharp, less), SMOOTH // less), size // less)), 1)
-    for _ in range(2):
-        x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-    return in_tubelets(x, clips, cells, config)
-
-
-def in_tubelets(x: Tensor, clips: Tensor, cells: int, config: EncoderConfig) -> Tensor:
-    """Pictures [B * T, channels, rows * cells, columns * cells] of clips [B, T, ...] by tubelets, their mean: [B, L, channels * cells^2]."""
-    x = x.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).permute(0, 2, 4, 1, 3, 5)  # [B * T, rows, columns, channels, ...]
-    x = x.flatten(3).flatten(1, 2).unflatten(0, clips.shape[:2])  # [B, T, P, channels * cells^2]
-    tube = min(clips.shape[1], config.tubelet_size)
-    return x.unflatten(1, (-1, tube)).mean(2).flatten(1, 2)
 
 
 class Pretraining(nn.Module):
@@ -253,7 +188,7 @@ class Pretraining(nn.Module):
         self.encoder = VideoEncoder(config.encoder)
         self.predictor = MaskPredictor(config)
         self.summary = SummaryPredictor(config) if config.summary_weight else None
-        told = 3 * DIRECTIONS * edge_cells(config.encoder) ** 2
+        told = edge_numbers(config.encoder)
         self.to_edges = nn.Linear(config.encoder.embed_dim, told) if config.edge_weight else None
         torch.set_rng_state(torch_state)
         self.teacher = None
@@ -264,7 +199,7 @@ class Pretraining(nn.Module):
         drawn = config.drawn[0] * config.drawn[1]
         sizes = {
             "pixel": (config.encoder.patches, 3 * config.encoder.patch_size**2),
-            "blurred": (drawn, channels_of(config) * cells_of(config.encoder) ** 2),
+            "blurred": (drawn, channels_of(config.edge_weight > 0) * cells_of(config.encoder) ** 2),
         }
         if config.edge_weight:
             sizes["edge"] = config.encoder.patches, told
@@ -336,7 +271,7 @@ class Pretraining(nn.Module):
         if self.summary is not None:
             target = _by_place(blurred(clips, config.encoder, config.edge_weight > 0), self.blurred_mean, self.blurred_std)
             where = positions(len(target[0]) // len(self.blurred_mean), config.drawn, clips.device)
-            error = (self.summary(seen, where).float() - target).square().unflatten(2, (channels_of(config), -1))
+            error = (self.summary(seen, where).float() - target).square().unflatten(2, (channels_of(config.edge_weight > 0), -1))
             out["summary"] = error[:, :, :3].mean() + (error[:, :, 3:].mean() if config.edge_weight else 0.0)
             out["loss"] = out["loss"] + config.summary_weight * out["summary"]
         return out
