@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from worldmodel import files, training
 from worldmodel.checkpoint import load_tensors, save_tensors
@@ -20,7 +21,7 @@ from worldmodel.model import load
 from worldmodel.pretrain import PIXEL_FLOOR, PretrainConfig, Pretraining, SummaryPredictor, pretrain
 from worldmodel.policy import Policy
 from worldmodel.predictor import Predictor, PredictorConfig
-from worldmodel.probe import Labels, attentive, ridge
+from worldmodel.probe import Labels, attentive, ridge, yaw_of_cube
 from worldmodel.targets import blurred, edges, histograms
 from worldmodel.train import TrainConfig, cached_features, identify, train
 from worldmodel.training import effective_rank, set_rate
@@ -372,6 +373,16 @@ def test_an_encoder_of_other_sizes_is_refused(tmp_path):
     save_tensors(tmp_path / "f.safetensors", "encoder", {"a": torch.zeros(2)}, VideoEncoder(TINY).metadata())
     with pytest.raises(ValueError, match="another architecture"):
         load_encoder(tmp_path / "f.safetensors")
+
+
+def test_a_cubes_yaw_is_that_of_its_sides_on_whichever_face_it_lies():
+    rng, faces = np.random.default_rng(0), Rotation.create_group("O")
+    yaw = rng.uniform(-np.pi, np.pi, 200)
+    tilt = Rotation.from_rotvec(np.column_stack((rng.uniform(-0.3, 0.3, (200, 2)), np.zeros(200))))
+    turned = tilt * Rotation.from_euler("z", yaw[:, None]) * faces[rng.integers(len(faces), size=200)]
+    x, y, z, w = turned.as_quat().T
+    off = yaw_of_cube(np.column_stack((w, x, y, z))) - yaw
+    np.testing.assert_allclose((off + np.pi / 4) % (np.pi / 2), np.pi / 4, atol=1e-9)
 
 
 def test_probes_find_what_is_there():

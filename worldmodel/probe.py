@@ -49,6 +49,24 @@ class Labels:
         }
 
 
+def yaw_of_cube(quat: np.ndarray) -> np.ndarray:
+    """Turn about z, modulo a quarter turn, of a cube on whichever of its faces: quat [M, 4] (wxyz) -> radians [M].
+
+    Of a tilted one, after the least turn that has its uppermost axis upright.
+    """
+    w, x, y, z = np.asarray(quat, float).T
+    axes = np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)],
+        [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)],
+        [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)],
+    ]).transpose(2, 0, 1)  # [M, 3, xyz]  # fmt: skip
+    rows, upright = np.arange(len(axes)), abs(axes[..., 2]).argmax(1)
+    up, side = axes[rows, upright], axes[rows, (upright + 1) % 3]
+    up = up * np.sign(up[:, 2:])
+    side = side[:, :2] - up[:, :2] * (side[:, 2:] / (1 + up[:, 2:]))
+    return np.arctan2(side[:, 1], side[:, 0])
+
+
 class AttentiveProbe(nn.Module):
     """One learned query over P patches of D features, to `out` numbers in their own units."""
 

@@ -2,7 +2,7 @@
 
 Probes are trained on single frames of freshly collected episodes and tested on other episodes, where the object is in
 view, beside the same probes on a randomly initialised encoder and on raw pixels. Box and cup by turns; yaw is the
-box's, modulo its quarter-turn symmetry. Errors are root mean squares, per axis of the robot's base frame. The episodes
+box's, modulo a quarter turn, on whichever face it lies. Errors are root mean squares, per axis of the robot's base frame. The episodes
 lie in a temporary folder meanwhile (2 GB with the defaults).
 """
 
@@ -71,7 +71,7 @@ def frames_of(config: Config, folder: Path, seed: int, count: int, image_size: i
 
     from worldmodel.commands import collect
     from worldmodel.data import Dataset
-    from worldmodel.probe import Labels
+    from worldmodel.probe import Labels, yaw_of_cube
 
     recipe = collect.Config(
         out=folder, object="both", policy="mixture", episodes=episodes_for(count), seed=seed, max_steps=STEPS,
@@ -81,15 +81,14 @@ def frames_of(config: Config, folder: Path, seed: int, count: int, image_size: i
     collect.run(recipe)
     keys = ("pixels", "privileged/tcp_pos", "privileged/object_pos", "privileged/object_quat", "privileged/object_pixels")
     frames = Dataset.open(folder).load(keys=keys)
-    place, quat = frames.arrays["privileged/object_pos"], frames.arrays["privileged/object_quat"].astype(float)
+    place, quat = frames.arrays["privileged/object_pos"], frames.arrays["privileged/object_quat"]
     low, high = np.array(BOUNDS).T
     shown = frames.arrays["privileged/object_pixels"] >= IN_VIEW
     seen = (((place > low) & (place < high)).all(-1) & shown).nonzero()[0][::EVERY][:count]
-    w, x, y, z = quat[seen].T
     box = (seed + frames.episode_of[seen]) % 2 == 0  # as collect alternates
     labels = Labels(
         frames.arrays["privileged/tcp_pos"][seen].astype(float), place[seen].astype(float),
-        np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)), np.where(box, 4, 0),
+        yaw_of_cube(quat[seen]), np.where(box, 4, 0),
     )  # fmt: skip
     return frames.pixels[seen], labels
 
