@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -54,12 +55,7 @@ def yaw_of_cube(quat: np.ndarray) -> np.ndarray:
 
     Of a tilted one, after the least turn that has its uppermost axis upright.
     """
-    w, x, y, z = np.asarray(quat, float).T
-    axes = np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)],
-        [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)],
-        [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)],
-    ]).transpose(2, 0, 1)  # [M, 3, xyz]  # fmt: skip
+    axes = Rotation.from_quat(quat[:, [1, 2, 3, 0]]).as_matrix().transpose(0, 2, 1)  # [M, 3, xyz]
     rows, upright = np.arange(len(axes)), abs(axes[..., 2]).argmax(1)
     up, side = axes[rows, upright], axes[rows, (upright + 1) % 3]
     up = up * np.sign(up[:, 2:])
