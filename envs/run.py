@@ -36,13 +36,13 @@ def rollout(env: gym.Env, act: Act, seed: int, max_steps: int | None = None) -> 
     """
     obs, info = env.reset(seed=seed)
     goal, subgoals = info.get("goal", {}), info.get("subgoals", [])
-    observations, actions, infos = [obs], [], [_slim(info)]
+    observations, actions, infos = [obs], [], [slim(info)]
     while max_steps is None or len(actions) < max_steps:
         action = np.asarray(act(obs, info), np.float32)
         obs, _, terminated, truncated, info = env.step(action)
         actions.append(action)
         observations.append(obs)
-        infos.append(_slim(info))
+        infos.append(slim(info))
         if terminated or truncated:
             break
     stacked = {key: np.stack([o[key] for o in observations]) for key in observations[0]}
@@ -50,5 +50,5 @@ def rollout(env: gym.Env, act: Act, seed: int, max_steps: int | None = None) -> 
     return Record(seed, stacked, np.stack(actions), infos, goal, subgoals, success)
 
 
-def _slim(info: Mapping[str, Any]) -> dict[str, Any]:
+def slim(info: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in info.items() if key not in ("goal", "subgoals")}

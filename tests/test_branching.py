@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import envs
-from envs import experts
-from worldmodel.commands import branching
+from envs import experts, forks, run
+from worldmodel.commands import branching, collect
 from worldmodel.encoder import EncoderConfig, VideoEncoder
 from worldmodel.interface import Features
 from worldmodel.model import LatentModel
@@ -44,12 +44,53 @@ def test_trying_a_step_leaves_no_trace():
         action = policy(info)
         before, fields = env.get_state(), env.variation.fields
         draws = [env.randomizer.redraw_physics(before.variation, "hidden", np.random.default_rng(i)) for i in range(3)]
-        places, poses = branching._tried(env, action, draws)
-        assert places.shape == (3, 3) and poses.shape == (3, env.scene.model.nq)
+        fork = forks.tried(env, action, draws)
+        assert fork.places.shape == (3, 3) and all(obs["qpos"].shape == (env.scene.model.nq,) for obs in fork.obs)
         after = env.get_state()
         assert np.array_equal(before.physics, after.physics) and before.rng == after.rng
         assert np.array_equal(env.scene.model.geom_friction, fields["geom_friction"])
         *_, info = env.step(action)
+
+
+def test_ends_of_a_step_have_its_past_and_the_object_in_other_places():
+    env = envs.make(envs.EnvConfig("grasp", max_steps=12, randomization="slips", render_goals=False, render_observations=False, stop_on_success=False))
+    policy = lambda: experts.make_policy("varied", env.config, np.random.default_rng((1, 1)))  # noqa: E731
+    episode, found = forks.forked(env, policy(), 1, 8)
+    alone = run.rollout(env, lambda obs, info, act=policy(): act(info), 1)
+    assert np.array_equal(episode.obs["qpos"], alone.obs["qpos"]) and len(found) == 12  # trying changed nothing
+    for t, fork in enumerate(found):
+        assert np.array_equal(fork.obs[0]["qpos"], episode.obs["qpos"][t + 1]) and len(fork.infos) <= (8 if t == 0 else len(found[t - 1].infos))
+    at = 3 + int(np.argmax([fork.apart for fork in found[3:]]))
+    assert found[at].apart > 0.004
+    ends = [forks.outcome(episode, found, which, 3) for which in range(len(found[at].infos) + 1)]
+    for end in ends:
+        assert len(end.infos) == 5 and np.array_equal(end.actions, episode.actions[at - 3 : at + 1])
+        assert np.array_equal(end.obs["qpos"][:4], episode.obs["qpos"][at - 3 : at + 1])
+    assert np.array_equal(ends[0].obs["qpos"][4], episode.obs["qpos"][at + 1]) and np.array_equal(ends[-1].obs["qpos"], ends[0].obs["qpos"])
+    assert not np.array_equal(ends[1].obs["qpos"][4], ends[0].obs["qpos"][4])
+    with pytest.raises(ValueError, match="an episode of 12 steps has none with 12 before it"):
+        forks.outcome(episode, found, 0, 12)
+
+
+def test_each_end_of_a_step_is_an_episode_by_itself(tmp_path):
+    config = collect.Config(tmp_path, "grasp", randomization="slips", policy="varied", max_steps=10, forks=2, seed=4, stop_on_success=False, visibility=True)
+    ends = [collect.record(config, seed) for seed in (4, 5, 6)]
+    for end, seed in zip(ends, (4, 4, 5)):
+        assert end["pixels"].shape == (5, 96, 96, 3) and end["actions"].shape == (4, 4) and end["seed"] == seed
+        assert (end["privileged/fork"] == seed).all() and end["privileged/object_pixels"].shape[0] == 5
+    assert np.array_equal(ends[0]["pixels"][:4], ends[1]["pixels"][:4]) and not np.array_equal(ends[0]["pixels"][4], ends[1]["pixels"][4])
+    collect._forked.cache_clear()
+    again = collect.record(config, 5)  # whoever records it, and whatever came before
+    assert all(np.array_equal(again[key], ends[1][key]) for key in again)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"forks": 1}, "forks is 1, expected 2 to 8"), ({"forks": 9}, "forks is 9"), ({"max_steps": 3}, "max-steps above 3, got 3"),
+    ({"randomization": "mild"}, "nothing branches under --randomization mild"),
+])  # fmt: skip
+def test_forks_that_cannot_be_are_refused(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        collect.Config(tmp_path, **{"randomization": "slips", "forks": 4} | changes)
 
 
 def test_another_draw_of_the_physics_looks_the_same():

@@ -86,7 +86,7 @@ def test_a_packed_predictor_is_the_same_one():
 @torch.no_grad()
 @pytest.mark.parametrize(("past", "sizes"), [
     (0, {}), (1, {"codes": True}), (2, {}), (2, {"merge": 1}), (2, {"merge": 4}), (0, {"window": 1}), (2, {"gated": True}),
-    (1, {"hidden": 20, "gated": True}),
+    (1, {"hidden": 20, "gated": True}), (1, {"pooled": True}),
 ])  # fmt: skip
 def test_an_imaginer_imagines_what_its_predictor_does(past, sizes):
     plain = noisy(Predictor(replace(SIZES, **sizes))).eval()
@@ -256,12 +256,14 @@ def test_codes_are_drawn_as_often_as_they_are_likely():
     torch.testing.assert_close(divergence(q, p), torch.distributions.kl_divergence(categorical(q), categorical(p)))
 
 
-@pytest.mark.parametrize(("codes", "free_nats", "free_share"), [(False, 0.0, 0.3), (True, 0.5, 0.0)])
-def test_z_tells_which_of_two_outcomes_came(codes, free_nats, free_share):
+@pytest.mark.parametrize(("sizes", "free_nats", "free_share"), [
+    ({}, 0.0, 0.3), ({"codes": True}, 0.5, 0.0), ({"pooled": True}, 0.0, 0.0), ({"pooled": True, "codes": True}, 0.5, 0.0),
+])  # fmt: skip
+def test_z_tells_which_of_two_outcomes_came(sizes, free_nats, free_share):
     """Steps that end in one of two ways by chance, where a prior's mean can show but one: samples of it show both."""
     torch.manual_seed(0)
     steps, rng = 400, torch.Generator().manual_seed(1)
-    predictor = Predictor(PredictorConfig(24, (2, 2), 3, 2, embed_dim=48, depth=1, num_heads=2, latent_dim=2, merge=1, codes=codes))
+    predictor = Predictor(PredictorConfig(24, (2, 2), 3, 2, embed_dim=48, depth=1, num_heads=2, latent_dim=2, merge=1, **sizes))
     config = TrainConfig(rollout=1, transitions=1, free_nats=free_nats, free_share=free_share, information_weight=0.02, steps=steps)
     optimizer = torch.optim.Adam(predictor.parameters(), 3e-3)
     start, *ends = torch.nn.functional.layer_norm(torch.randn(3, 4, 24, generator=rng), (24,))

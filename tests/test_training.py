@@ -15,6 +15,7 @@ from worldmodel import files, training
 from worldmodel.checkpoint import load_tensors, save_tensors
 from worldmodel.data import Dataset, Frames, checksum, episode_path, read_episode, write_episode, write_recipe
 from worldmodel.encoder import EncoderConfig, VideoEncoder, patchify, positions
+from worldmodel.forks import Forks
 from worldmodel.hub import load_encoder, save_encoder
 from worldmodel.masking import KINDS, Masks, draw
 from worldmodel.model import load
@@ -293,6 +294,55 @@ def test_a_predictor_goes_on_from_another_of_the_same_features(data, tmp_path):
         train(still, VideoEncoder(TINY), data, tmp_path / "other", tmp_path / "cache")
     with pytest.raises(ValueError, match="another architecture"):
         train(TrainConfig(**sizes | {"depth": 2}, start=str(first)), encoder, data, tmp_path / "deeper", tmp_path / "cache")
+
+
+@pytest.fixture
+def forks(data, tmp_path):
+    """Steps with three ends each, which differ in the lower right patch alone."""
+    folder = tmp_path / "forks"
+    folder.mkdir()
+    for i in range(12):
+        episode = {key: array[: 5 - (key == "actions")] for key, array in read_episode(data.episodes[i // 3].path).items()}
+        episode["pixels"] = episode["pixels"].copy()
+        episode["pixels"][-1, 16:, 16:] = 40 * (i % 3)
+        write_episode(episode_path(folder, i), episode | {"privileged/fork": np.full(5, i // 3)})
+    write_recipe(folder, "test", {}, 12, [checksum(episode_path(folder, i)) for i in range(12)])
+    return Dataset.open(folder)
+
+
+def test_forks_are_drawn_by_steps_and_count_where_their_ends_differ(forks):
+    frames = forks.load(keys=("proprio", "actions", "privileged/fork"))
+    pixels = forks.load(keys=("pixels",)).pixels
+    features = pixels.reshape(60, 3, 8, 3, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(60, 9, -1)  # of patches, their pixels
+    drawn = Forks(features, frames, 3, 2.0)
+    index, counts = drawn.draw(10, np.random.default_rng(0))
+    assert index.shape == (10, 4) and (np.diff(index) == 1).all() and (index[:, -1] % 5 == 4).all()
+    assert (index[:4, -1] // 15 == index[0, -1] // 15).all() and len(set(index[:4, -1])) == 3  # all ends of one step
+    assert (counts[:, :-1] == 1).all() and (counts[:, -1, :-1] == 1).all() and torch.allclose(counts[:, -1, -1], torch.tensor(19.0))
+    with pytest.raises(ValueError, match="4 transitions each, fewer than a clip's 5"):
+        Forks(features, frames, 5, 2.0)
+    alone = forks.split(0.9)[0].load(keys=("proprio", "actions", "privileged/fork"))
+    with pytest.raises(ValueError, match="no step of the forks has several ends"):
+        Forks(features, alone, 3, 2.0)
+
+
+def test_training_with_forks_resumes_bit_exactly_and_goes_on_from_a_model_without(data, forks, tmp_path):
+    torch.manual_seed(0)
+    encoder = VideoEncoder(TINY)
+    config = TrainConfig(merge=1, embed_dim=24, depth=1, num_heads=1, batch=8, steps=5, transitions=3)
+    start = train(config, encoder, data, tmp_path / "start", tmp_path / "cache")
+    config = replace(config, pooled=True, start=str(start))
+    whole = train(config, encoder, data, tmp_path / "whole", tmp_path / "cache", forks=forks)
+    path = train(config, encoder, data, tmp_path / "parts", tmp_path / "cache", minutes=1e-9, forks=forks)
+    for _ in range(10):
+        if path is not None:
+            break
+        path = train(config, encoder, data, tmp_path / "parts", tmp_path / "cache", minutes=1e-9, resume=True, forks=forks)
+    a, b = load_tensors(whole, "model")[0], load_tensors(path, "model")[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert load(whole).about["recipe"]["forks"] == forks.fingerprint
+    other = load_tensors(train(config, encoder, data, tmp_path / "none", tmp_path / "cache"), "model")[0]
+    assert any(not torch.equal(a[k], other[k]) for k in a if k.startswith("predictor."))
 
 
 def test_a_short_last_episode_is_judged_by_as_many_steps_as_it_has(data, tmp_path):

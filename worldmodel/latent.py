@@ -115,8 +115,43 @@ class LatentHead(nn.Module):
     def told(self, squeezed: Tensor, condition: Tensor) -> Latent:
         """The same from what `squeeze` keeps of all patches, [..., 8 * P * frames]."""
         hidden = F.gelu(self.hidden(torch.cat((squeezed, condition), -1)))
-        out = self.out(hidden).float()
-        if self.codes:
-            return Codes(LOGIT * torch.tanh(out / LOGIT))
-        mean, log_std = out.chunk(2, -1)
-        return Gaussian(mean, log_std.clamp(*LOG_STD))
+        return _latent(self.out(hidden).float(), self.codes)
+
+
+class PooledHead(nn.Module):
+    """As `LatentHead`, but attention pools the patches: what becomes of a thing is known wherever on the table it happens."""
+
+    def __init__(
+        self, features: int, patches: int, frames: int, condition: int, latent: int, codes: bool = False, heads: int = 16, hidden: int = 256
+    ) -> None:
+        super().__init__()
+        self.codes, self.heads, wide = codes, heads, features * frames
+        self.place = nn.Parameter(0.02 * torch.randn(patches, wide))
+        self.score = nn.Linear(wide, heads)
+        self.value = nn.Linear(wide, 16 * heads)
+        self.pooled, self.condition = nn.Linear(16 * heads, hidden), nn.Linear(condition, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.hidden = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, latent if codes else 2 * latent)
+        nn.init.normal_(self.out.weight, std=0.06)
+        nn.init.zeros_(self.out.bias)
+        if not codes:  # of less noise than signal from the start: a z that is mostly noise is not listened to
+            with torch.no_grad():
+                self.out.weight[latent:] *= 0.1
+                self.out.bias[latent:] = -2.0
+
+    def forward(self, frames: tuple[Tensor, ...], condition: Tensor) -> Latent:
+        """frames: each [..., P, D]; condition [..., C] -> a distribution over [..., Z]."""
+        x = torch.cat(frames, -1) + self.place
+        share = self.score(x).softmax(-2).transpose(-1, -2)[..., None, :]  # [..., heads, 1, P]
+        values = self.value(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [..., heads, P, 16]
+        y = self.norm(self.pooled((share @ values).flatten(-3)) + self.condition(condition))
+        return _latent(self.out(y + F.gelu(self.hidden(F.gelu(y)))).float(), self.codes)
+
+
+def _latent(out: Tensor, codes: bool) -> Latent:
+    """The distribution that a head's numbers tell."""
+    if codes:
+        return Codes(LOGIT * torch.tanh(out / LOGIT))
+    mean, log_std = out.chunk(2, -1)
+    return Gaussian(mean, log_std.clamp(*LOG_STD))

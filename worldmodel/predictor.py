@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from worldmodel.encoder import Attention, Mlp, Rotation, initialise, positions, rotation
 from worldmodel.interface import Features
-from worldmodel.latent import Latent, LatentHead
+from worldmodel.latent import Latent, LatentHead, PooledHead
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of past frames, per block: [B, heads, L, head_dim]
 
@@ -43,6 +43,7 @@ class PredictorConfig:
     rope_base: float = 100.0
     hidden: int = 0  # units of a layer between a token's features and its embedding, and back; 0: linear maps
     gated: bool = False  # how much of each patch stays is told, beside what comes
+    pooled: bool = False  # attention pools what z's posterior knows of an outcome
 
     @property
     def context(self) -> int:
@@ -117,10 +118,13 @@ class Predictor(nn.Module):
         for head in (last, self.to_proprio, *(block.modulate for block in self.blocks)):
             nn.init.zeros_(head.weight)
         self.prior = LatentHead(config.feature_dim, patches, 1, condition, config.latent_dim, config.codes)
-        self.posterior = LatentHead(config.feature_dim, patches, 2, condition, config.latent_dim, config.codes)
-        # z is heard, and says something, from the start: a predictor that has learned to do without it does not go back.
-        nn.init.normal_(self.posterior.out.weight, std=0.3)
-        nn.init.normal_(self.condition[0].weight[:, -config.latent_dim :], std=0.2)
+        head = PooledHead if config.pooled else LatentHead
+        self.posterior = head(config.feature_dim, patches, 2, condition, config.latent_dim, config.codes)
+        # z is heard, and says something, from the start: a predictor that has learned to do without it does not go back. One that
+        # is mostly signal need not be loud, and what is loud before it tells anything is soon not listened to.
+        if not config.pooled:
+            nn.init.normal_(self.posterior.out.weight, std=0.3)
+        nn.init.normal_(self.condition[0].weight[:, -config.latent_dim :], std=0.02 if config.pooled else 0.2)
         # Proprioception is normalised inside, by the mean and deviation of the training data.
         self.register_buffer("proprio_mean", torch.zeros(config.proprio_dim))
         self.register_buffer("proprio_std", torch.ones(config.proprio_dim))

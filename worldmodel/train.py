@@ -24,6 +24,8 @@ from tqdm import tqdm
 from worldmodel import files
 from worldmodel.data import Dataset, Frames, keys_of, read_episode
 from worldmodel.encoder import autocast
+from worldmodel.forks import LABEL as FORK
+from worldmodel.forks import Forks
 from worldmodel.guide import fit_guide
 from worldmodel.hazard import LABEL, Hazard, fit_hazard, judge_hazard
 from worldmodel.interface import Encoder, Features
@@ -53,6 +55,7 @@ class TrainConfig:
     window: int = 3
     hidden: int = 0
     gated: bool = False
+    pooled: bool = False
     transitions: int = 4  # per clip
     rollout: int = 2  # steps of imagination from imagined frames that the loss covers, 1 = teacher forcing alone
     rollout_weight: float = 1.0
@@ -62,6 +65,8 @@ class TrainConfig:
     information_weight: float = 1e-3
     free_share: float = 0.0  # of the steps, in which no information costs anything; over as many more its weight rises
     prior_share: float = 0.25  # of the clips have z at the prior's mean, as a planner has it: what follows from the action is not z's to tell
+    fork_share: float = 0.25  # of the clips that are of forks, where there are any
+    fork_weight: float = 8.0  # how much more a patch counts in which the ends of a step lie apart
     batch: int = 32  # clips per step
     steps: int = 4000
     rate: float = 6e-4
@@ -72,10 +77,10 @@ class TrainConfig:
         for name in ("transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight"):
+        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "fork_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        for name, most in (("prior_share", 1), ("free_share", 0.5)):
+        for name, most in (("prior_share", 1), ("free_share", 0.5), ("fork_share", 1)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
         check_run(self.rate, self.seed)
@@ -127,15 +132,16 @@ def placed_features(encoder: Encoder, parts: Sequence[Dataset], folder: Path, de
 
 
 def prediction_losses(
-    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig, price: float | Tensor = 1.0
-) -> dict[str, Tensor]:
+    predictor: Predictor, clip: Features, actions: Tensor, noise: Tensor, by_prior: Tensor, config: TrainConfig,
+    price: float | Tensor = 1.0, counts: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Losses on clips: patches [B, T + 1, P, D], proprio [B, T + 1, S], actions [B, T, A], noise [B, T, Z].
 
     Round 1 predicts frame t + 1 from the true frame t. Round r feeds back what round r - 1 imagined, so its
     prediction of frame t + 1 starts from the true frame t + 1 - r; the first r - 1 transitions, which cannot have
     been imagined for so long, are left out. by_prior [B] bool: clips whose z is the prior's mean. None
     has the prior's sample: judged by the one outcome there was, it would teach that z says nothing. price: share of
-    config.information_weight that counts.
+    config.information_weight that counts. counts [B, T, P]: how much a patch does; None: 1.
     """
     now = Features(clip.patches[:, :-1], clip.proprio[:, :-1])  # frames 0 .. T - 1
     after = Features(clip.patches[:, 1:], clip.proprio[:, 1:])  # frames 1 .. T
@@ -146,7 +152,8 @@ def prediction_losses(
     seen, total = now, price * config.information_weight * information
     for r in range(1, config.rollout + 1):
         guess, _ = predictor(seen, actions, z)  # row t is frame t + 1
-        patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean()
+        patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean(-1)
+        patches = (patches if counts is None else patches * counts[:, r - 1 :]).mean()
         # Not plain L1: the gripper stands still in nine steps of ten, and that kink holds its row at its start, zero.
         proprio, true = (x.proprio[:, r - 1 :] / predictor.proprio_std for x in (guess, after))
         proprio = F.smooth_l1_loss(proprio, true, beta=config.proprio_beta)
@@ -226,7 +233,7 @@ def _new_predictor(config: TrainConfig, encoder: Encoder, frames: Frames) -> Pre
         feature_dim=encoder.config.embed_dim, grid=encoder.config.grid, proprio_dim=frames.proprio.shape[1],
         action_dim=frames.actions.shape[1], latent_dim=config.latent_dim, merge=config.merge, embed_dim=config.embed_dim,
         depth=config.depth, num_heads=config.num_heads, window=config.window, codes=config.codes, hidden=config.hidden,
-        gated=config.gated,
+        gated=config.gated, pooled=config.pooled,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -244,12 +251,13 @@ def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path
     if identify(model.encoder) != identify(encoder):
         raise ValueError(f"{path} holds another encoder; a predictor goes on with the features that it knows: give its encoder")
     known = model.predictor.config
-    if not isinstance(known, PredictorConfig) or replace(known, latent_dim=1, codes=False) != replace(predictor.config, latent_dim=1, codes=False):
+    z_is = {"latent_dim": 1, "codes": False, "pooled": False}
+    if not isinstance(known, PredictorConfig) or replace(known, **z_is) != replace(predictor.config, **z_is):
         raise ValueError(f"{path} is of another architecture: it holds {known}, expected {predictor.config}")
     tensors = model.predictor.state_dict()
     if anew or known != predictor.config:
-        own = predictor.state_dict()
-        tensors |= {name: own[name] for name in own if name.startswith(("prior.", "posterior."))}
+        own, heads = predictor.state_dict(), ("prior.", "posterior.")
+        tensors = {name: tensors[name] if not name.startswith(heads) else own[name] for name in own}
         first, told = "condition.0.weight", -predictor.config.latent_dim
         tensors[first] = torch.cat((tensors[first][:, : -known.latent_dim], own[first][:, told:]), 1)
     predictor.load_state_dict(tensors)
@@ -257,9 +265,12 @@ def _start_from(predictor: Predictor, encoder: Encoder, model: LatentModel, path
 
 def train(
     config: TrainConfig, encoder: Encoder, data: Dataset, out: Path, cache: Path, minutes: float | None = None,
-    resume: bool = False, device: str = "cpu",
+    resume: bool = False, device: str = "cpu", forks: Dataset | None = None,
 ) -> Path | None:  # fmt: skip
-    """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on)."""
+    """Train a predictor and write `out/model.safetensors`; None when `minutes` ended first (resume to go on).
+
+    forks: what `collect --forks` made, of which a share of the clips is.
+    """
     parts = {name: part for name, part in zip(("train", "held"), data.split(0.03))}
     frames = {name: part.load(keys=("proprio", "actions")) for name, part in parts.items()}
     first = frames["train"]
@@ -268,25 +279,38 @@ def train(
     if start:
         _start_from(predictor, encoder, start, config.start, config.free_share > 0)
     features = dict(zip(parts, placed_features(encoder, list(parts.values()), cache, device)))
+    branching, whole = None, config.batch  # clips of whole episodes in a batch
+    if forks:
+        ends = forks.load(keys=("proprio", "actions", FORK))
+        branching = Forks(placed_features(encoder, [forks], cache, device)[0], ends, config.transitions, config.fork_weight)
+        whole -= max(1, round(config.fork_share * config.batch))
     predictor.to(device)
     optimizer = optimizer_for(predictor, config.weight_decay)
-    recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder)}
+    recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder), "forks": forks.fingerprint if forks else None}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
     horizon = min(6, int(np.diff(frames["held"].offsets).max()) - 1)  # a recording that is held out may be short
     clips = frames["held"].clip_index(256, horizon + 1, 1, np.random.default_rng(config.seed))
 
     def loss(patches: Tensor, proprio: Tensor, *others: Tensor) -> dict[str, Tensor]:
-        actions, noise, by_prior, price = others
-        return prediction_losses(predictor, Features(patches, proprio), actions, noise, by_prior, config, price)
+        actions, noise, by_prior, price, *counts = others
+        return prediction_losses(predictor, Features(patches, proprio), actions, noise, by_prior, config, price, *counts)
 
     advance = Stepper(loss, predictor, optimizer, 1.0)
     for step in run:
         rng = np.random.default_rng([config.seed, step])
-        clip, actions = _clip(features["train"], first, first.clip_index(config.batch, config.transitions + 1, 1, rng), device)
+        clip, actions = _clip(features["train"], first, first.clip_index(whole, config.transitions + 1, 1, rng), device)
         noise = torch.randn(config.batch, config.transitions, config.latent_dim, generator=seeded(config.seed, step)).to(device)
         by_prior = torch.from_numpy(rng.random(config.batch) < config.prior_share).to(device)
+        inputs = [*clip, actions]
+        if branching:
+            index, counts = branching.draw(config.batch - whole, rng)
+            more, taken = _clip(branching.features, branching.frames, index, device)
+            inputs = [torch.cat(pair) for pair in zip(inputs, (*more, taken))]
+            by_prior[whole:] = False  # there z is what is to be learned
+            counts = torch.cat((counts.new_ones(whole, *counts.shape[1:]), counts)).to(device)
+        inputs += [noise, by_prior, torch.tensor(price_of(step, config)).to(device)]
         rate = set_rate(optimizer, config.rate, step, config.steps)
-        losses = advance(*clip, actions, noise, by_prior, torch.tensor(price_of(step, config)).to(device))
+        losses = advance(*inputs, *((counts,) if branching else ()))
         if run.tells:
             run.log(rate=rate, **{k: float(v) for k, v in losses.items()})
         if step % 500 == 499:

@@ -9,13 +9,14 @@ patches, and in the others no knowledge of the outcome would help.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from envs import experts, run
+from envs import experts
+from envs.forks import forked
 from worldmodel.commands.dynamics import environment, object_of
 from worldmodel.encoder import autocast
 from worldmodel.interface import Context, Features
@@ -24,7 +25,6 @@ from worldmodel.model import LatentModel
 
 LEVEL = "slips"  # of randomisation
 TRIES = 16  # draws at the start of an episode
-AGREES = 0.01  # m, that a draw may put the object beside where it came
 BRANCHES, STEADY = 0.015, 0.0005  # m, deviation of the object's place over the tries: above, below
 DIFFERS = 0.25  # of the deviation over the tries of the patch that has most of it: a patch above looks different
 SAMPLES = 16  # of the prior
@@ -46,43 +46,16 @@ def steps_of(world: LatentModel, cameras: tuple[str, ...], seed: int) -> list[St
     """All steps of an expert's episode."""
     env = environment(object_of(seed), world.encoder.config.image_size, cameras, world.action_dim, False, LEVEL)
     policy = experts.make_policy("varied", env.config, np.random.default_rng((seed, 1)))
-    rng, draws, apart, looks = np.random.default_rng((seed, 2)), [], [], []
-
-    def act(obs, info):
-        action = policy(info)
-        if not draws:
-            own = env.get_state().variation
-            draws[:] = [own, *(env.randomizer.redraw_physics(own, LEVEL, rng) for _ in range(TRIES - 1))]
-        places, poses = _tried(env, action, draws)
-        apart.append(float(np.sqrt(places.var(0).sum())))
-        looks.append(_different(world, env.scene.film(poses)) if apart[-1] > BRANCHES else None)
-        draws[:] = [draw for draw, place in zip(draws, places) if np.linalg.norm(place - places[0]) < AGREES]
-        return action
-
-    episode = run.rollout(env, act, seed)
+    episode, forks = forked(env, policy, seed, TRIES)
     seen = world.encode({"pixels": env.scene.film(episode.obs["qpos"]), "proprio": episode.obs["proprio"]})
     actions, first = torch.from_numpy(episode.actions), world.max_context - 1
     windows = [slice(max(0, t - first), t + 1) for t in range(len(actions))]
     alike = torch.ones(len(seen.patches[0]), dtype=torch.bool), 0.0
+    looks = [_different(world, env.scene.film(np.array([obs["qpos"] for obs in fork.obs]))) if fork.apart > BRANCHES else alike for fork in forks]
     return [
-        Step(Features(*(x[w] for x in seen)), actions[w], seen.patches[w.stop], far, *(alike if look is None else look))
-        for w, far, look in zip(windows, apart, looks)
+        Step(Features(*(x[w] for x in seen)), actions[w], seen.patches[w.stop], fork.apart, *look)
+        for w, fork, look in zip(windows, forks, looks)
     ]
-
-
-def _tried(env, action: np.ndarray, draws: list) -> tuple[np.ndarray, np.ndarray]:
-    """Where the object is, [n, 3] m, and the scene's qpos [n, nq] after an action with each of the draws.
-
-    The environment is left as it was.
-    """
-    state, places, poses = env.get_state(), [], []
-    for draw in draws:
-        env.set_state(replace(state, variation=draw))
-        obs, *_, info = env.step(action)
-        places.append(info["privileged/object_pos"])
-        poses.append(obs["qpos"])
-    env.set_state(state)
-    return np.array(places), np.array(poses)
 
 
 def _different(world: LatentModel, pictures: np.ndarray) -> tuple[Tensor, float]:

@@ -33,6 +33,8 @@ Task = Literal["reach", "grasp", "reach-with-object", "pick-place", "pick-place-
 Level = Literal[
     "none", "mild", "hidden", "slips", "strong", "camera", "light", "colours", "distractors", "occluder", "heavy", "slippery", "moved-post"
 ]  # fmt: skip
+BEFORE = 3  # steps that a fork has before it
+TRIES = 8  # of each step, where forks are kept
 BATCH = 4  # episodes that a worker collects at a go, writing each while it records the next
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,11 @@ class Config:
     (hidden), a grip that holds or does not (slips), colours, mass and friction as well (strong), or one thing: the shifts"""
     visibility: bool = False
     """also record how many pixels show the object, as privileged/object_pixels"""
+    forks: int = 0
+    """ends to keep of the step of an episode that branches most, where mass and grip decide and no picture tells; each is an episode of its
+    own, with the three steps before it, and `episodes` counts them (0: whole episodes)"""
     env: Foreign = Foreign()
-    """an environment of others instead of the robot; task, object, cameras, action-dim, randomization and visibility are the robot's.
+    """an environment of others instead of the robot; task, object, cameras, action-dim, randomization, visibility and forks are the robot's.
     Who acts there: play (the default), random or nothing; where `envs.peers` knows it, also expert, noisy or mixture, the default then"""
 
     def __post_init__(self):
@@ -86,7 +91,13 @@ class Config:
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
         if self.policy == "careful" and not self.task.startswith("pick-place"):
             raise ValueError(f"the careful expert picks and places; got --task {self.task}, expected pick-place or pick-place-fragile")
-        check_environment(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility"))
+        if self.forks and not 2 <= self.forks <= TRIES:
+            raise ValueError(f"forks is {self.forks}, expected 2 to {TRIES} ends of a step, or 0 for whole episodes")
+        if self.forks and self.max_steps <= BEFORE:
+            raise ValueError(f"forks need max-steps above {BEFORE}, got {self.max_steps}")
+        if self.forks and self.randomization not in ("hidden", "slips", "strong", "heavy", "slippery"):
+            raise ValueError(f"nothing branches under --randomization {self.randomization}: give one that draws mass or grip, such as slips")
+        check_environment(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility", "forks"))
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", self.env.players[0])
         if self.env.id and self.policy not in self.env.players:
@@ -114,7 +125,7 @@ def run(config: Config) -> dict:
         missing = _missing(config, folder)
         bar = tqdm(total=config.episodes, initial=config.episodes - len(missing), desc="collect", unit="episode")
         with bar:
-            size = max(1, min(BATCH, len(missing) // count))
+            size = max(1, min(config.forks or BATCH, len(missing) // count))
             batches = [missing[i : i + size] for i in range(0, len(missing), size)]
             for future in as_completed([pool.submit(_collect, config, folder, batch) for batch in batches]):
                 lengths = workers.result(future)
@@ -181,6 +192,8 @@ def _recipe(config: Config) -> dict:
         del recipe[key]
     if not config.visibility:  # one more label: without it, the dataset is what it is for those who do not know of it
         del recipe["visibility"]
+    if not config.forks:
+        del recipe["forks"]
     if config.env.id:
         recipe["env"] = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe["env"].items()}
     else:
@@ -223,20 +236,45 @@ def _write(path: Path, episode: dict[str, np.ndarray]) -> int:
 
 def record(config: Config, seed: int) -> dict[str, np.ndarray]:
     """One episode as data.write_episode takes it; it depends on the configuration and the seed alone."""
-    from envs import experts, run
+    from envs import run
     from envs.foreign import policy as player
+    from envs.forks import outcome
 
     if config.env.id:
         env = _foreign(config)
         policy = player(config.policy, env, np.random.default_rng((seed, 1)))
         return as_data(run.rollout(env, lambda obs, info: policy(info), seed), config.env.id, "", config.policy)
-    env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
-    policy = experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
-    episode = run.rollout(env, lambda obs, info: policy(info), seed)
+    shown = {}
+    if config.forks:
+        which, seed = (seed - config.seed) % config.forks, config.seed + (seed - config.seed) // config.forks
+        env, episode, found = _forked(config, seed)
+        episode = outcome(episode, found, which, BEFORE)
+        shown["privileged/fork"] = np.full(len(episode.infos), seed)
+    else:
+        env, policy = _acting(config, seed)
+        episode = run.rollout(env, lambda obs, info: policy(info), seed)
     qpos = episode.obs["qpos"]
     drawn = dataclasses.replace(episode, obs={"pixels": env.scene.film(qpos), "proprio": episode.obs["proprio"]})
-    shown = {"privileged/object_pixels": env.scene.object_pixels(qpos)} if config.visibility else {}
+    if config.visibility:
+        shown["privileged/object_pixels"] = env.scene.object_pixels(qpos)
     return as_data(drawn, config.task, env.config.object, config.policy, shown)
+
+
+def _acting(config: Config, seed: int):
+    """The environment of an episode, and who acts in it."""
+    from envs import experts
+
+    env = _env(config, OBJECTS[config.object][seed % len(OBJECTS[config.object])])
+    return env, experts.make_policy(config.policy, env.config, np.random.default_rng((seed, 1)))  # not the scene's stream
+
+
+@functools.lru_cache(1)  # all its ends are kept, one after the other
+def _forked(config: Config, seed: int):
+    """The environment, the episode of a seed and what its steps might have come to; drawn last, so that the scene still looks as it did."""
+    from envs.forks import forked
+
+    env, policy = _acting(config, seed)
+    return env, *forked(env, policy, seed, TRIES)
 
 
 def as_data(episode: Record, task: str, object: str, policy: str, shown: Mapping[str, np.ndarray] = {}) -> dict[str, np.ndarray]:

@@ -56,6 +56,14 @@ class Config:
     """units of a layer between a token's features and the predictor's width, and back (0: linear maps)"""
     gated: bool = False
     """the predictor tells how much of each patch stays, beside what comes: without it, what goes has to be told number by number"""
+    pooled: bool = False
+    """attention pools what z's posterior sees of an outcome, so that it is known wherever on the table it happens"""
+    forks: tuple[Path, ...] = ()
+    """folders that `worldmodel collect --forks` made: ends of steps that branch, of which z learns to tell"""
+    fork_share: float = 0.25
+    """share of the clips that are of --forks; their z is never the prior's mean"""
+    fork_weight: float = 8.0
+    """how much more than others a patch counts in which the ends of such a step lie apart as they do in the mean"""
     transitions: int = 4
     """actions in a training clip (steps of 0.2 s)"""
     rollout: int = 2
@@ -105,7 +113,8 @@ def run(config: Config) -> dict:
     recipe = TrainConfig(**shared(config, TrainConfig))
     encoder = load_encoder(config.encoder)
     cache = config.cache or config.data[0] / "features"
-    path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device))
+    forks = Dataset.open(config.forks) if config.forks else None
+    path = train(recipe, encoder, Dataset.open(config.data), config.out, cache, config.minutes, config.resume, usable(config.device), forks)
     if path is None:
         return {"finished": False, "run": str(config.out)}
     _, _, about = read_header(path, "model")
