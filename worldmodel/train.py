@@ -64,6 +64,7 @@ class TrainConfig:
     free_nats: float = 0.5  # information of z per transition that costs nothing
     information_weight: float = 1e-3
     free_share: float = 0.0  # of the steps, in which no information costs anything; over as many more its weight rises
+    width_weight: float = 0.0  # of the prior's deviation: information pays for a wide one where steps branch, nothing does elsewhere
     prior_share: float = 0.25  # of the clips have z at the prior's mean, as a planner has it: what follows from the action is not z's to tell
     fork_share: float = 0.25  # of the clips that are of forks, where there are any
     fork_weight: float = 8.0  # how much more a patch counts in which the ends of a step lie apart
@@ -77,7 +78,7 @@ class TrainConfig:
         for name in ("transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "fork_weight"):
+        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "width_weight", "fork_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name, most in (("prior_share", 1), ("free_share", 0.5), ("fork_share", 1)):
@@ -148,8 +149,8 @@ def prediction_losses(
     prior, posterior = predictor.prior_of(now, actions), predictor.posterior_of(now, actions, after.patches)
     z = torch.where(by_prior[:, None, None], prior.mean, posterior.sample(noise))
     information, nats = information_loss(posterior, prior, config.free_nats)
-    out = {"information": information, "nats": nats}
-    seen, total = now, price * config.information_weight * information
+    out = {"information": information, "nats": nats, "width": prior.width.mean()}
+    seen, total = now, price * config.information_weight * information + config.width_weight * out["width"]
     for r in range(1, config.rollout + 1):
         guess, _ = predictor(seen, actions, z)  # row t is frame t + 1
         patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean(-1)
