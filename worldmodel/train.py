@@ -71,6 +71,7 @@ class TrainConfig:
     batch: int = 32  # clips per step
     steps: int = 4000
     rate: float = 6e-4
+    latent_rate: float = 1.0  # that of what makes z and what hears it, in units of `rate`
     weight_decay: float = 0.04
     seed: int = 0
 
@@ -85,6 +86,8 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
         check_run(self.rate, self.seed)
+        if not self.latent_rate > 0:
+            raise ValueError(f"latent_rate is {self.latent_rate}, expected more than 0")
         if self.rollout > self.transitions:
             raise ValueError(f"rollout {self.rollout} is longer than the clip of {self.transitions} transitions")
 
@@ -286,7 +289,8 @@ def train(
         branching = Forks(placed_features(encoder, [forks], cache, device)[0], ends, config.transitions, config.fork_weight)
         whole -= max(1, round(config.fork_share * config.batch))
     predictor.to(device)
-    optimizer = optimizer_for(predictor, config.weight_decay)
+    z_parts = [p for part in (predictor.prior, predictor.posterior, predictor.condition) for p in part.parameters()]
+    optimizer = optimizer_for(predictor, config.weight_decay, z_parts, config.latent_rate)
     recipe = asdict(config) | {"data": data.fingerprint, "encoder": identify(encoder), "forks": forks.fingerprint if forks else None}
     run = Run(out, "training", recipe, predictor, optimizer, config.steps, minutes, resume)
     horizon = min(6, int(np.diff(frames["held"].offsets).max()) - 1)  # a recording that is held out may be short

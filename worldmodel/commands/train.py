@@ -89,6 +89,8 @@ class Config:
     """training steps in all; warm-up and cool-down of the learning rate are shares of them"""
     rate: float = 6e-4
     """highest learning rate (AdamW)"""
+    latent_rate: float = 1.0
+    """learning rate of what makes z and what hears it, in units of --rate: z has to be worth listening to before the rest has learned not to"""
     seed: int = 0
     """seed of weights, clips and z"""
 
