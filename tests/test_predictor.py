@@ -288,6 +288,20 @@ def test_z_tells_which_of_two_outcomes_came(sizes, free_nats, free_share):
     assert errors[1:].min(0).values.mean() < 0.5 * errors[0].mean()
 
 
+def test_spread_is_what_a_sample_changes_in_clips_that_have_the_priors_mean():
+    torch.manual_seed(0)
+    predictor = noisy(Predictor(PredictorConfig(24, (2, 2), 3, 2, embed_dim=48, depth=1, num_heads=2, latent_dim=2, merge=1)))
+    clip, actions, noise = Features(torch.randn(4, 3, 4, 24), torch.randn(4, 3, 3)), torch.randn(4, 2, 2), torch.randn(4, 2, 2)
+    now, by_prior = Features(clip.patches[:, :-1], clip.proprio[:, :-1]), torch.tensor([True, False, True, False])
+    prior = predictor.prior_of(now, actions)
+    apart = predictor(now, actions, prior.sample(noise))[0].patches - predictor(now, actions, prior.mean)[0].patches
+    plain = prediction_losses(predictor, clip, actions, noise, by_prior, TrainConfig())
+    told = prediction_losses(predictor, clip, actions, noise, by_prior, TrainConfig(spread_weight=0.5))
+    torch.testing.assert_close(told["spread"], apart[[0, 2]].abs().mean() / 2)
+    torch.testing.assert_close(told["loss"], plain["loss"] + 0.5 * told["spread"])
+    assert told["spread"] > 0.01 and "spread" not in plain
+
+
 def test_information_costs_nothing_at_first_and_all_in_the_end():
     config = TrainConfig(steps=100, free_share=0.3)
     assert [price_of(step, config) for step in (0, 30, 45, 60, 99)] == [0.0, 0.0, 0.5, 1.0, 1.0]

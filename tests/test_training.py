@@ -457,6 +457,16 @@ def test_schedule_and_rank():
     assert effective_rank(torch.randn(500, 1) @ torch.ones(1, 4)) == pytest.approx(1, abs=0.01)
 
 
+def test_some_parameters_may_learn_faster():
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    assert len(training.optimizer_for(layers, 0.1, layers[1].parameters()).param_groups) == 2  # as fast is not apart
+    optimizer = training.optimizer_for(layers, 0.1, layers[1].parameters(), 3.0)
+    rate = set_rate(optimizer, 1.0, 50, 100)
+    told = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for layer, own in ((layers[0], rate), (layers[1], 3 * rate)):
+        assert told[id(layer.weight)] == (own, 0.1) and told[id(layer.bias)] == (own, 0.0)
+
+
 def test_all_steps_are_imagined_in_pieces_as_in_one(monkeypatch):
     from worldmodel import train as module
 

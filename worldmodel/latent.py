@@ -34,11 +34,6 @@ class Gaussian(NamedTuple):
         """The noise that a value [..., Z] comes from."""
         return (value - self.mean) / self.log_std.exp()
 
-    @property
-    def width(self) -> Tensor:
-        """Mean deviation, [...]."""
-        return self.log_std.exp().mean(-1)
-
     def detach(self) -> Gaussian:
         """The same without gradient."""
         return Gaussian(self.mean.detach(), self.log_std.detach())
@@ -66,11 +61,6 @@ class Codes(NamedTuple):
     def noise_of(self, value: Tensor) -> Tensor:
         """Noise that a code [..., Z] comes from."""
         return 12 * value - 6
-
-    @property
-    def width(self) -> Tensor:
-        """Entropy, in nats, [...]."""
-        return -(self.logits.softmax(-1) * self.logits.log_softmax(-1)).sum(-1)
 
     def detach(self) -> Codes:
         """The same without gradient."""

@@ -64,7 +64,7 @@ class TrainConfig:
     free_nats: float = 0.5  # information of z per transition that costs nothing
     information_weight: float = 1e-3
     free_share: float = 0.0  # of the steps, in which no information costs anything; over as many more its weight rises
-    width_weight: float = 0.0  # of the prior's deviation: information pays for a wide one where steps branch, nothing does elsewhere
+    spread_weight: float = 0.0  # of what a sample of the prior changes, in clips that have its mean: L1 hardly minds a little noise
     prior_share: float = 0.25  # of the clips have z at the prior's mean, as a planner has it: what follows from the action is not z's to tell
     fork_share: float = 0.25  # of the clips that are of forks, where there are any
     fork_weight: float = 8.0  # how much more a patch counts in which the ends of a step lie apart
@@ -79,7 +79,7 @@ class TrainConfig:
         for name in ("transitions", "rollout", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "width_weight", "fork_weight"):
+        for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "spread_weight", "fork_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         for name, most in (("prior_share", 1), ("free_share", 0.5), ("fork_share", 1)):
@@ -152,8 +152,8 @@ def prediction_losses(
     prior, posterior = predictor.prior_of(now, actions), predictor.posterior_of(now, actions, after.patches)
     z = torch.where(by_prior[:, None, None], prior.mean, posterior.sample(noise))
     information, nats = information_loss(posterior, prior, config.free_nats)
-    out = {"information": information, "nats": nats, "width": prior.width.mean()}
-    seen, total = now, price * config.information_weight * information + config.width_weight * out["width"]
+    out = {"information": information, "nats": nats}
+    seen, total = now, price * config.information_weight * information
     for r in range(1, config.rollout + 1):
         guess, _ = predictor(seen, actions, z)  # row t is frame t + 1
         patches = (guess.patches[:, r - 1 :] - after.patches[:, r - 1 :]).abs().mean(-1)
@@ -161,6 +161,10 @@ def prediction_losses(
         # Not plain L1: the gripper stands still in nine steps of ten, and that kink holds its row at its start, zero.
         proprio, true = (x.proprio[:, r - 1 :] / predictor.proprio_std for x in (guess, after))
         proprio = F.smooth_l1_loss(proprio, true, beta=config.proprio_beta)
+        if r == 1 and config.spread_weight:
+            other, _ = predictor(now, actions, prior.sample(noise))
+            out["spread"] = ((other.patches - guess.patches).abs().mean((1, 2, 3)) * by_prior).mean()
+            total = total + config.spread_weight * out["spread"]
         out[f"patches_{r}"], out[f"proprio_{r}"] = patches, proprio
         weight = 1.0 if r == 1 else config.rollout_weight / (config.rollout - 1)
         total = total + weight * (patches + config.proprio_weight * out[f"proprio_{r}"])

@@ -79,8 +79,8 @@ class Config:
     free_share: float = 0.0
     """share of the steps, up to a half, in which no information costs anything, so that z is tried at all; over as many more its
     weight rises"""
-    width_weight: float = 0.0
-    """of how wide the prior is, so that samples of z differ where steps branch and nowhere else"""
+    spread_weight: float = 0.0
+    """of how much a sample of z changes what is imagined, in the clips of --prior-share: where no step branches z is to be silent"""
     prior_share: float = 0.25
     """share of the clips whose z is the prior's mean, as in planning; for the others it has seen the outcome"""
     batch: int = 32
