@@ -51,4 +51,5 @@ def rollout(env: gym.Env, act: Act, seed: int, max_steps: int | None = None) -> 
 
 
 def slim(info: Mapping[str, Any]) -> dict[str, Any]:
+    """An info without the goal and the sub-goals, pictures that are the same all through an episode."""
     return {key: value for key, value in info.items() if key not in ("goal", "subgoals")}
