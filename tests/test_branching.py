@@ -86,7 +86,7 @@ def test_each_end_of_a_step_is_an_episode_by_itself(tmp_path):
 
 @pytest.mark.parametrize(("changes", "told"), [
     ({"forks": 1}, "forks is 1, expected 2 to 8"), ({"forks": 9}, "forks is 9"), ({"max_steps": 3}, "max-steps above 3, got 3"),
-    ({"randomization": "mild"}, "nothing branches under --randomization mild"),
+    ({"randomization": "mild"}, "nothing branches under --randomization mild"), ({}, "give --no-stop-on-success"),
 ])  # fmt: skip
 def test_forks_that_cannot_be_are_refused(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):

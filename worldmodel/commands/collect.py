@@ -91,13 +91,15 @@ class Config:
             raise ValueError("moved-post is for benchmarks: data's pictures are drawn after an episode, with all posts where they end")
         if self.policy == "careful" and not self.task.startswith("pick-place"):
             raise ValueError(f"the careful expert picks and places; got --task {self.task}, expected pick-place or pick-place-fragile")
+        check_environment(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility", "forks"))
         if self.forks and not 2 <= self.forks <= TRIES:
             raise ValueError(f"forks is {self.forks}, expected 2 to {TRIES} ends of a step, or 0 for whole episodes")
         if self.forks and self.max_steps <= BEFORE:
             raise ValueError(f"forks need max-steps above {BEFORE}, got {self.max_steps}")
         if self.forks and self.randomization not in ("hidden", "slips", "strong", "heavy", "slippery"):
             raise ValueError(f"nothing branches under --randomization {self.randomization}: give one that draws mass or grip, such as slips")
-        check_environment(self, ("task", "object", "cameras", "randomization", "action_dim", "visibility", "forks"))
+        if self.forks and self.stop_on_success:
+            raise ValueError("forks are looked for in all of an episode, however soon it succeeds: give --no-stop-on-success with them")
         if self.env.id and self.policy == "mixture":
             object.__setattr__(self, "policy", self.env.players[0])
         if self.env.id and self.policy not in self.env.players:
