@@ -319,6 +319,9 @@ def test_forks_are_drawn_by_steps_and_count_where_their_ends_differ(forks):
     assert index.shape == (10, 4) and (np.diff(index) == 1).all() and (index[:, -1] % 5 == 4).all()
     assert (index[:4, -1] // 15 == index[0, -1] // 15).all() and len(set(index[:4, -1])) == 3  # all ends of one step
     assert (counts[:, :-1] == 1).all() and (counts[:, -1, :-1] == 1).all() and torch.allclose(counts[:, -1, -1], torch.tensor(19.0))
+    elsewhere = [replace(e, path=Path("other") / e.path.name) if i % 3 else e for i, e in enumerate(frames.episodes)]
+    apart = Forks(features, replace(frames, episodes=tuple(elsewhere)), 3, 2.0)  # the same labels in another folder are of other steps
+    assert sorted(map(len, drawn.ends)) == [3] * 4 and sorted(map(len, apart.ends)) == [2] * 4
     with pytest.raises(ValueError, match="4 transitions each, fewer than a clip's 5"):
         Forks(features, frames, 5, 2.0)
     alone = forks.split(0.9)[0].load(keys=("proprio", "actions", "privileged/fork"))
@@ -341,6 +344,8 @@ def test_training_with_forks_resumes_bit_exactly_and_goes_on_from_a_model_withou
     a, b = load_tensors(whole, "model")[0], load_tensors(path, "model")[0]
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert load(whole).about["recipe"]["forks"] == forks.fingerprint
+    with pytest.raises(ValueError, match="--forks has whole episodes"):
+        train(config, encoder, data, tmp_path / "refused", tmp_path / "cache", forks=data)
     other = load_tensors(train(config, encoder, data, tmp_path / "none", tmp_path / "cache"), "model")[0]
     assert any(not torch.equal(a[k], other[k]) for k in a if k.startswith("predictor."))
 

@@ -1,11 +1,13 @@
 """Clips that end in steps that branch, a few ends of each step: what z is to tell.
 
-Of whole episodes one step in a hundred branches, and shows it in a tenth of the patches: beside all that a predictor has yet to
-learn, a z that tells of it is worth nothing. Here the ends of one step stand side by side, and patches count by how
+Of whole episodes few steps branch, and show it in few patches: beside all that a predictor has yet to learn, a z that tells of it
+is worth nothing. Here the ends of one step stand side by side, and patches count by how
 far apart they are there.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -30,9 +32,10 @@ class Forks:
         length = int(np.diff(frames.offsets).min()) - 1
         if length < transitions:
             raise ValueError(f"forks have {length} transitions each, fewer than a clip's {transitions}; give fewer --transitions")
-        last = frames.offsets[1:] - 1
-        of = frames.arrays[LABEL][last]
-        self.ends = [ends for ends in (last[of == step] for step in np.unique(of)) if len(ends) > 1]  # [steps], frames
+        of = defaultdict(list)  # steps of other folders may have the same labels
+        for episode, last in zip(frames.episodes, frames.offsets[1:] - 1):
+            of[episode.path.parent, int(frames.arrays[LABEL][last])].append(last)
+        self.ends = [np.array(ends) for ends in of.values() if len(ends) > 1]  # [steps], frames
         if not self.ends:
             raise ValueError("no step of the forks has several ends; collect them with --forks 4 or more, none left out")
         apart = torch.stack([gather(features, ends).std(0, correction=0).mean(-1) for ends in self.ends])  # [steps, P]

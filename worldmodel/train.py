@@ -82,9 +82,11 @@ class TrainConfig:
         for name in ("hidden", "proprio_weight", "proprio_beta", "free_nats", "information_weight", "spread_weight", "fork_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        for name, most in (("prior_share", 1), ("free_share", 0.5), ("fork_share", 1)):
+        for name, most in (("prior_share", 1), ("free_share", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to {most}")
+        if not 0 < self.fork_share <= 1:
+            raise ValueError(f"fork_share is {self.fork_share}, expected above 0 and at most 1; to train without forks, give none")
         check_run(self.rate, self.seed)
         if not self.latent_rate > 0:
             raise ValueError(f"latent_rate is {self.latent_rate}, expected more than 0")
@@ -289,6 +291,8 @@ def train(
     features = dict(zip(parts, placed_features(encoder, list(parts.values()), cache, device)))
     branching, whole = None, config.batch  # clips of whole episodes in a batch
     if forks:
+        if not has(forks, FORK):
+            raise ValueError("--forks has whole episodes; it takes what collect --forks made, and whole ones belong to --data")
         ends = forks.load(keys=("proprio", "actions", FORK))
         branching = Forks(placed_features(encoder, [forks], cache, device)[0], ends, config.transitions, config.fork_weight)
         whole -= max(1, round(config.fork_share * config.batch))
